@@ -1,0 +1,158 @@
+"""What flows between passes: a captured graph, its sites, a table of tensors, and the facts established so far.
+
+All types are frozen; a pass makes the next value with ``dataclasses.replace``.  Big tensors live in ``Program.tensors``
+under ``"<site>/<what>"`` or ``"<input>/sigma"`` and are never changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from mixcomp.errors import PassError
+
+if TYPE_CHECKING:
+    from mixcomp.format import SiteFormat
+
+#: ``node.meta[META]`` holds the name of the node's site; nothing else of ours is kept in ``meta``
+META = "mixcomp"
+
+
+class Fact(Enum):
+    """What is known about a program.  Every fact has an executable check in ``verify``."""
+
+    STATISTICS = "statistics"  #: "<input>/sigma" and "<site>/gamma" of every open site
+    SALIENCE = "salience"  #: "<site>/salience": loss of every row at every width
+    ASSIGNED = "assigned"  #: "<site>/widths": one width per row, within the budget
+    REORDERED = "reordered"  #: "<site>/row_order" and "<site>/column_order" where they are not the identity
+    QUANTIZED = "quantized"  #: Site.format and the packed tensors
+    BRANCHED = "branched"  #: side branches are final
+    LOWERED = "lowered"  #: canonical linears of compiled sites are ``mixcomp::mixed_linear`` calls
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRef:
+    """A weight by identity, not by name.
+
+    ``key`` is the parameter's path in the user's model, ``aliases`` every other path that shares its storage,
+    ``shape`` is canonical (rows = output features, columns = input features); ``transposed`` says that the
+    parameter itself is (columns, rows), as in GPT-2's Conv1D.
+    """
+
+    key: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One linear weight and all its call nodes.
+
+    ``name`` is the module path that owns the weight; ``input`` names the activation it reads (sites with the same
+    ``input`` share second moments); ``reason`` is set where the site is left alone, and says why; ``in_scope`` tells
+    whether its bits count against the budget.
+    """
+
+    name: str
+    calls: tuple[str, ...]
+    weight: WeightRef
+    bias: str | None
+    input: str
+    in_scope: bool = True
+    reason: str | None = None
+    format: SiteFormat | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def open(self) -> bool:
+        """Whether passes are to compile this site."""
+        return self.reason is None and self.in_scope
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of history: a pass that ran."""
+
+    spec: str
+    seconds: float
+    changed: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A graph with its sites.  ``graph_module`` shares parameters with the user's model and never writes to them."""
+
+    graph_module: fx.GraphModule
+    sites: tuple[Site, ...]
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    facts: frozenset[Fact] = frozenset()
+    history: tuple[Step, ...] = ()
+
+    def open_sites(self) -> tuple[Site, ...]:
+        return tuple(s for s in self.sites if s.open)
+
+    def site(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise PassError(f"no site is called {name!r}; sites are {[s.name for s in self.sites][:5]} ...")
+
+    def tensor(self, owner: str, what: str) -> torch.Tensor:
+        key = f"{owner}/{what}"
+        if key not in self.tensors:
+            raise PassError(f"tensor {key!r} is not in the program; the pass that makes it has not run")
+        return self.tensors[key]
+
+    def find(self, owner: str, what: str) -> torch.Tensor | None:
+        return self.tensors.get(f"{owner}/{what}")
+
+    def weight(self, site: Site) -> torch.Tensor:
+        """The original weight as (rows, columns); a view of the user's parameter, so read only."""
+        parameter = self.graph_module.get_parameter(self.graph_key(site))
+        return parameter.t() if site.weight.transposed else parameter
+
+    def graph_key(self, site: Site) -> str:
+        """Name under which the graph module holds the weight."""
+        node = self.node(site.calls[0])
+        weight = node.args[1]
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            raise PassError(f"site {site.name!r}: node {node.name} does not take its weight from the module")
+        return str(weight.target)
+
+    def node(self, name: str) -> fx.Node:
+        for node in self.graph_module.graph.nodes:
+            if node.name == name:
+                return node
+        raise PassError(f"graph has no node {name!r}")
+
+    def with_sites(self, changed: Mapping[str, Site]) -> Program:
+        return replace(self, sites=tuple(changed.get(s.name, s) for s in self.sites))
+
+    def with_tensors(self, new: Mapping[str, torch.Tensor], drop: frozenset[str] = frozenset()) -> Program:
+        kept = {k: v for k, v in self.tensors.items() if k not in drop}
+        return replace(self, tensors=MappingProxyType({**kept, **new}))
+
+    def clone(self) -> Program:
+        """A program whose graph can be rewritten freely; parameters and tensors are shared."""
+        graph = fx.Graph(tracer_cls=self.graph_module.graph._tracer_cls)
+        output = graph.graph_copy(self.graph_module.graph, val_map={}, return_output_node=False)
+        old = next(n for n in self.graph_module.graph.nodes if n.op == "output")
+        graph.output(output)
+        next(n for n in graph.nodes if n.op == "output").meta.update(old.meta)
+        graph.set_codegen(self.graph_module.graph._codegen)
+        return replace(self, graph_module=fx.GraphModule(self.graph_module, graph, self.graph_module.__class__.__name__))
