@@ -1,1 +1,35 @@
-"""TODO"""
+"""MixComp: a language model within a budget of stored bits, on mixed-precision kernels.
+
+``mixcomp.compile(model, budget=4.4)`` gives a Hugging Face model back with its linears compiled; ``save`` and ``load``
+keep it.  Names are imported when first used, so that ``import mixcomp`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mixcomp.api import compile
+    from mixcomp.artifact import load, save
+    from mixcomp.config import Budget
+    from mixcomp.errors import MixCompError
+    from mixcomp.plan import Plan
+
+_HOME = {
+    "compile": "mixcomp.api",
+    "save": "mixcomp.artifact",
+    "load": "mixcomp.artifact",
+    "Budget": "mixcomp.config",
+    "Plan": "mixcomp.plan",
+    "MixCompError": "mixcomp.errors",
+}
+
+__all__ = ["Budget", "MixCompError", "Plan", "compile", "load", "save"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mixcomp' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,1 +1,32 @@
-"""TODO"""
+"""The passes, one idea a file, and the order they run in.
+
+::
+
+    collect-statistics  what calibration text says about inputs and outputs      S = E[x x^T], gamma = E[(dL/dy)^2]
+    annotate-salience   what each row would cost at each width                   six GPTQ runs
+    assign-precision    which width each row gets                                one budget, one price
+    reorder-features    rows sorted into segments                                absorbed by the consumer, or scattered
+    quantize-weights    codes and scales                                         GPTQ at the assigned widths
+    insert-side-branch  low-rank pairs where a direction pays for its bits       closed form
+    (lowering)          lower-linears: canonical linears become mixed_linear
+
+No pass imports another pass; ``gptq``, ``allocate``, ``coupling`` and ``stacks`` are mathematics they share.
+"""
+
+from mixcomp.passes.precision import AssignPrecision
+from mixcomp.passes.quantize import QuantizeWeights
+from mixcomp.passes.reorder import ReorderFeatures
+from mixcomp.passes.salience import AnnotateSalience
+from mixcomp.passes.side_branch import InsertSideBranch
+from mixcomp.passes.statistics import CollectStatistics
+
+PIPELINE = (
+    CollectStatistics,
+    AnnotateSalience,
+    AssignPrecision,
+    ReorderFeatures,
+    QuantizeWeights,
+    InsertSideBranch,
+)
+
+__all__ = ["PIPELINE", *sorted(p.__name__ for p in PIPELINE)]

@@ -1,0 +1,134 @@
+"""``mixcomp::mixed_linear``: the operator every compiled linear calls, whoever computes it in the end.
+
+A plain ``torch.library`` registration: on the way to the kernel it costs half of what ``custom_op`` does, and a decoder
+makes hundreds of calls per token.  Gradients stop here with a clear error, also in a graph that AOTAutograd traced.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from mixcomp.errors import ConfigError, MixCompError
+from mixcomp.format import Segment, SiteFormat
+from mixcomp.lowering import cpu, reference
+from mixcomp.lowering.select import Path, choose_path
+from mixcomp.packed import PackedWeight
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library = torch.library.Library("mixcomp", "FRAGMENT")
+_library.define(
+    "mixed_linear(Tensor x, Tensor codes, Tensor scales, Tensor factors, Tensor? row_index, Tensor? branch_a, "
+    "Tensor? branch_b, Tensor? branch_scale, Tensor? bias, int[] segments, int columns) -> Tensor",
+    tags=_TAGS,
+)
+_library.define("no_gradient(Tensor grad, SymInt[] shape) -> Tensor", tags=_TAGS)
+
+#: x[..., columns] -> [..., rows] of x's dtype; tensors as in ``mixcomp.format``, bias in output order,
+#: segments flattened to [rows, width, rows, width, ...]
+MIXED_LINEAR = torch.ops.mixcomp.mixed_linear.default
+_NO_GRADIENT = torch.ops.mixcomp.no_gradient.default
+
+
+def _mixed_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    factors: torch.Tensor,
+    row_index: torch.Tensor | None,
+    branch_a: torch.Tensor | None,
+    branch_b: torch.Tensor | None,
+    branch_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    segments: list[int],
+    columns: int,
+) -> torch.Tensor:
+    _check(x, codes, columns)
+    rank = 0 if branch_a is None else branch_a.shape[1]
+    fmt = _format(tuple(segments), columns, row_index is not None, rank)
+    flat = x.reshape(-1, columns)
+    if not flat.shape[0]:
+        return x.new_empty((*x.shape[:-1], fmt.rows))
+    weight = PackedWeight(fmt, codes, scales, factors, row_index, branch_a, branch_b, branch_scale)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            out = _run(flat, weight, bias)
+    else:
+        out = _run(flat, weight, bias)
+    return out.view(*x.shape[:-1], fmt.rows)
+
+
+def _run(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x[tokens, columns], at least one token."""
+    path = choose_path(x.device.type, x.dtype, weight.fmt, x.shape[0])
+    if path is Path.CPU_BAGS:
+        return cpu.by_bags(x, cpu.table_form(weight), bias)
+    if path is Path.CPU_GEMM:
+        return cpu.by_gemm(x, cpu.table_form(weight), bias)
+    if path is Path.TRITON:
+        from mixcomp.kernels import launch
+
+        w = weight
+        return launch.mixed_linear(
+            x, w.codes, w.scales, w.factors, w.row_index, w.branch_a, w.branch_b, w.branch_scale, bias, w.fmt
+        )
+    return reference.mixed_linear(x, weight, bias)
+
+
+def _check(x: torch.Tensor, codes: torch.Tensor, columns: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ConfigError(f"mixed_linear: x is {list(x.shape)}, its last dimension must be {columns}, the weight's columns")
+    if not x.dtype.is_floating_point:
+        raise ConfigError(f"mixed_linear: x is {x.dtype}; give floating-point activations")
+    if x.device != codes.device:
+        raise ConfigError(f"mixed_linear: x is on {x.device}, the weight on {codes.device}; move one of them")
+
+
+@lru_cache(maxsize=4096)
+def _format(segments: tuple[int, ...], columns: int, scatter: bool, rank: int) -> SiteFormat:
+    pairs = zip(segments[::2], segments[1::2], strict=True)
+    return SiteFormat(sum(segments[::2]), columns, tuple(Segment(rows, width) for rows, width in pairs), scatter, rank)
+
+
+def _fake(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, factors: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    _check(x, codes, rest[-1])
+    return x.new_empty((*x.shape[:-1], factors.shape[0]))
+
+
+class _Inference(torch.autograd.Function):
+    """The op inside a graph that records gradients: it runs, and going back through it is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        ctx.shape, ctx.inputs = x.shape, 1 + len(rest)
+        with torch._C._AutoDispatchBelowAutograd():
+            return MIXED_LINEAR(x, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (_NO_GRADIENT(grad, ctx.shape), *[None] * (ctx.inputs - 1))
+
+
+def _autograd(*args: Any) -> torch.Tensor:
+    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        return _Inference.apply(*args)  # type: ignore[no-untyped-call, no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return MIXED_LINEAR(*args)
+
+
+def _no_gradient(grad: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    raise MixCompError(
+        "a compiled linear has no gradient: it is for inference only; run under torch.no_grad(), or train the "
+        "original model and compile it afterwards"
+    )
+
+
+_library.impl("mixed_linear", _mixed_linear, "CompositeExplicitAutograd")
+_library.impl("mixed_linear", _autograd, "Autograd")
+_library.impl("no_gradient", _no_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake("mixcomp::mixed_linear", _fake, lib=_library)
+torch.library.register_fake("mixcomp::no_gradient", lambda grad, shape: grad.new_empty(shape), lib=_library)

@@ -1,0 +1,69 @@
+"""Which implementation computes a compiled linear: one pure function of format, dtype, device and token count."""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from mixcomp.format import SiteFormat
+
+#: up to this many tokens embedding bags beat expanding the weight (benchmarks/cpu_decode.py --tokens)
+MAX_BAG_TOKENS = 8
+#: below this many columns there are too few terms for the bags' extra rounding to vanish in the sum's own (see ``cpu``)
+MIN_BAG_COLUMNS = 64
+
+
+class Path(Enum):
+    """An implementation of ``mixcomp::mixed_linear``."""
+
+    TRITON = "triton"  #: ``kernels.launch``: one kernel reads the packed codes
+    CPU_BAGS = "cpu-bags"  #: ``cpu.by_bags``: sums per column group straight from a table of codes
+    CPU_GEMM = "cpu-gemm"  #: ``cpu.by_gemm``: expand this one weight to fp32, multiply, forget it
+    REFERENCE = "reference"  #: ``reference``: dequantize and multiply in plain torch, any device
+
+
+def choose_path(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int) -> Path:
+    """The implementation for ``tokens`` rows of activations of ``dtype`` on a device type such as ``"cuda"``."""
+    return _decide(device_type, dtype, fmt, tokens)[0]
+
+
+def explain(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int) -> str:
+    """``choose_path`` with its reason, e.g. ``reference: triton is not installed``."""
+    path, reason = _decide(device_type, dtype, fmt, tokens)
+    return f"{path.value}: {reason}"
+
+
+def _decide(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int) -> tuple[Path, str]:
+    # Whoever computes in fp64 wants the digits: every fast path sums in fp32.
+    if dtype is torch.float64:
+        return Path.REFERENCE, "fast paths sum in fp32, the activations are fp64"
+    if device_type == "cuda":
+        if not triton_installed():
+            return Path.REFERENCE, "triton is not installed"
+        return Path.TRITON, "packed codes are read by one kernel"
+    if device_type != "cpu":
+        return Path.REFERENCE, f"there is no kernel for {device_type}"
+    if not bags_available():
+        return Path.REFERENCE, "this build of torch has no quantized embedding bags"
+    # A bag reads the whole table once per token, an expansion costs as much as several tokens whatever their number.
+    if tokens > MAX_BAG_TOKENS:
+        return Path.CPU_GEMM, f"more than {MAX_BAG_TOKENS} tokens are worth an fp32 expansion of the weight"
+    if fmt.columns < MIN_BAG_COLUMNS:
+        return Path.CPU_GEMM, f"sums of fewer than {MIN_BAG_COLUMNS} columns need every bit of fp32"
+    return Path.CPU_BAGS, "few tokens: sums straight from a table of codes"
+
+
+@lru_cache(maxsize=1)
+def triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@lru_cache(maxsize=1)
+def bags_available() -> bool:
+    ops = torch.ops.quantized
+    return hasattr(ops, "embedding_bag_4bit_rowwise_offsets") and hasattr(ops, "embedding_bag_byte_rowwise_offsets")

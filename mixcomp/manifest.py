@@ -1,0 +1,351 @@
+"""``mixcomp.json``: what a saved folder consists of, down to the digest of each tensor.
+
+It is written last and read first, and it is not trusted: its spelling is canonical and carries its own digest (so
+that damage shows), and every field is checked for what it means (so that a forged one is refused too).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mixcomp.errors import ArtifactError, FormatError
+from mixcomp.files import check_name, sha256
+from mixcomp.format import VERSION, SiteFormat
+from mixcomp.packed import PackedWeight
+from mixcomp.shards import DTYPES, SPELLING, StoredTensor, file_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+MANIFEST = "mixcomp.json"
+CONFIG = "config.json"
+MAX_MANIFEST = 1 << 26  #: bytes
+
+_SHARD = ".safetensors"
+_ATTENTION = (None, "eager", "sdpa")
+_HEX = re.compile(r"[0-9a-f]{64}")
+_MAX_ITEMS = 1 << 22
+_MAX_DEPTH = 32
+_MAX_TENSOR_NAME = 1024
+_MAX_RANK = 8
+_MAX_ELEMENTS = 1 << 48
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of the folder; ``tensors`` is empty for anything but safetensors files."""
+
+    size: int
+    sha256: str
+    tensors: Mapping[str, StoredTensor]
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"size": self.size, "sha256": self.sha256}
+        if self.tensors:
+            out["tensors"] = {
+                name: {"dtype": SPELLING[t.dtype], "shape": list(t.shape), "sha256": t.sha256}
+                for name, t in self.tensors.items()
+            }
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSite:
+    """A compiled linear: its format, and the dtype of its bias if it has one."""
+
+    fmt: SiteFormat
+    bias: torch.dtype | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": self.fmt.to_json(), "bias": None if self.bias is None else SPELLING[self.bias]}
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A checked manifest.
+
+    ``versions`` names the libraries that wrote the folder, ``architecture`` the model class, ``attention`` the
+    attention code it ran on where every machine has it.  ``sites`` maps module paths to compiled linears; ``ties``
+    maps a tensor name to the stored name whose tensor it shares; ``buffers`` lists stored tensors that a model's
+    state dict leaves out.
+    """
+
+    versions: Mapping[str, str]
+    architecture: str
+    attention: str | None
+    sites: Mapping[str, StoredSite]
+    ties: Mapping[str, str]
+    buffers: tuple[str, ...]
+    files: Mapping[str, StoredFile]
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        return {name: tensor for file in self.files.values() for name, tensor in file.tensors.items()}
+
+    @property
+    def weights(self) -> int:
+        """Weights of all compiled linears."""
+        return sum(site.fmt.weights for site in self.sites.values())
+
+    @property
+    def payload_bits(self) -> int:
+        return sum(site.fmt.payload_bits() for site in self.sites.values())
+
+    @property
+    def stored_bits(self) -> int:
+        return sum(site.fmt.stored_bits() for site in self.sites.values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of all files but the manifest itself."""
+        return sum(file.size for file in self.files.values())
+
+    def site_tensors(self, name: str) -> dict[str, str]:
+        """Buffer name -> stored name, for every tensor of a site (``bias`` included), ties followed."""
+        site = self.sites[name]
+        wanted = [*site.fmt.tensors(), *(["bias"] if site.bias is not None else [])]
+        return {key: self.ties.get(f"{name}.{key}", f"{name}.{key}") for key in wanted}
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: sorted keys, no white space, its own digest inside."""
+        data = {
+            "format_version": VERSION,
+            "versions": dict(self.versions),
+            "architecture": self.architecture,
+            "attention": self.attention,
+            "sites": {name: site.to_json() for name, site in self.sites.items()},
+            "ties": dict(self.ties),
+            "buffers": list(self.buffers),
+            "files": {name: file.to_json() for name, file in self.files.items()},
+            "bits": {"payload": self.payload_bits, "stored": self.stored_bits},
+        }
+        return _spell(data | {"digest": sha256(_spell(data))})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Manifest:
+        """Read and check a manifest; ``ArtifactError`` or ``FormatError`` names the field that is wrong."""
+        data = read_json(raw, MANIFEST)
+        if not isinstance(data, dict):
+            raise _wrong("the whole", data, "an object")
+        _check_version(data)
+        if _spell(data) != raw or data.get("digest") != sha256(
+            _spell({k: v for k, v in data.items() if k != "digest"})
+        ):
+            raise ArtifactError(f"{MANIFEST}: damaged, its digest does not match; copy or save the folder again")
+        _fields("the whole", data, _LAYOUT)
+        for name, version in data["versions"].items():
+            _text(f"versions.{name:.80}", version, 64)
+        if data["attention"] not in _ATTENTION:
+            raise _wrong("attention", data["attention"], f"one of {_ATTENTION}")
+        if not data["architecture"].isidentifier():
+            raise _wrong("architecture", data["architecture"], "the name of a model class")
+        manifest = cls(
+            data["versions"],
+            data["architecture"],
+            data["attention"],
+            {_name("sites", name): _site(name, site) for name, site in data["sites"].items()},
+            {_name("ties", alias): _name("ties", name) for alias, name in data["ties"].items()},
+            tuple(_name("buffers", name) for name in data["buffers"]),
+            {check_name(name): _file(name, file) for name, file in data["files"].items()},
+        )
+        _check_whole(manifest)
+        bits = {"payload": manifest.payload_bits, "stored": manifest.stored_bits}
+        if data["bits"] != bits:
+            raise _wrong("bits", data["bits"], f"{bits}, as the formats add up")
+        return manifest
+
+
+_LAYOUT: Mapping[str, type | tuple[type, ...]] = {
+    "format_version": int,
+    "versions": dict,
+    "architecture": str,
+    "attention": (str, type(None)),
+    "sites": dict,
+    "ties": dict,
+    "buffers": list,
+    "files": dict,
+    "bits": dict,
+    "digest": str,
+}
+
+
+def read_json(raw: bytes, name: str) -> Any:
+    """Parse JSON that may be hostile; duplicate keys, NaN, too many entries or levels are an ``ArtifactError``."""
+    if raw.count(b":") + raw.count(b",") > _MAX_ITEMS:  # an upper bound of keys and elements, before any is built
+        raise ArtifactError(f"{name}: more than {_MAX_ITEMS} entries; the folder was not written by mixcomp.save")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in out:
+                raise ArtifactError(
+                    f"{name}: key {key!r:.200} occurs twice; the folder was not written by mixcomp.save"
+                )
+            out[key] = value
+        return out
+
+    def refuse(constant: str) -> Any:
+        raise ArtifactError(f"{name}: {constant} is not a JSON number; the folder was not written by mixcomp.save")
+
+    try:
+        data = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{name}: is not JSON ({error!s:.200}); copy or save the folder again") from error
+    _check_depth(data, name)
+    return data
+
+
+def _check_depth(data: Any, name: str) -> None:
+    level = [data]
+    for _ in range(_MAX_DEPTH):
+        level = [v for x in level if isinstance(x, dict | list) for v in (x.values() if isinstance(x, dict) else x)]
+        if not level:
+            return
+    raise ArtifactError(f"{name}: nested more than {_MAX_DEPTH} deep; the folder was not written by mixcomp.save")
+
+
+def _spell(data: Mapping[str, Any]) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _wrong(field: str, got: object, wanted: str) -> ArtifactError:
+    return ArtifactError(f"{MANIFEST}: field {field!r} is {got!r:.200}, it must be {wanted}; save the model again")
+
+
+def _check_version(data: Mapping[str, Any]) -> None:
+    version = data.get("format_version")
+    if type(version) is not int or version < 1:
+        raise _wrong("format_version", version, "a positive integer")
+    if version != VERSION:
+        versions = data.get("versions")
+        writer = versions.get("mixcomp") if isinstance(versions, dict) else None
+        raise ArtifactError(
+            f"{MANIFEST}: format version {version}, this release reads version {VERSION}; "
+            f"read it with mixcomp {writer!r:.40} or later, which wrote it"
+        )
+
+
+def _fields(where: str, data: object, layout: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """``data`` as an object with exactly these fields of exactly these types."""
+    if not isinstance(data, dict) or set(data) != set(layout):
+        raise _wrong(where, sorted(data) if isinstance(data, dict) else data, f"an object with fields {sorted(layout)}")
+    for name, kinds in layout.items():
+        if type(data[name]) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
+            raise _wrong(f"{where}: {name}", data[name], f"of type {kinds}")
+    return data
+
+
+def _text(field: str, value: object, limit: int) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= limit:
+        raise _wrong(field, value, f"a text of 1 to {limit} characters")
+    return value
+
+
+def _name(field: str, value: object) -> str:
+    return _text(field, value, _MAX_TENSOR_NAME)
+
+
+def _digest(field: str, value: str) -> str:
+    if not _HEX.fullmatch(value):
+        raise _wrong(field, value, "a sha256 of 64 hexadecimal digits")
+    return value
+
+
+def _file(name: str, data: object) -> StoredFile:
+    is_shard = name.endswith(_SHARD)
+    layout: dict[str, type] = {"size": int, "sha256": str} | ({"tensors": dict} if is_shard else {})
+    fields = _fields(f"files.{name}", data, layout)
+    digest = _digest(f"files.{name}.sha256", fields["sha256"])
+    tensors = {key: _tensor(key, tensor) for key, tensor in fields.get("tensors", {}).items()}
+    if is_shard and (not tensors or file_size(tensors) != fields["size"]):
+        raise _wrong(f"files.{name}.size", fields["size"], "the header and the tensors added up")
+    if fields["size"] < 0:
+        raise _wrong(f"files.{name}.size", fields["size"], "at least 0")
+    return StoredFile(fields["size"], digest, tensors)
+
+
+def _tensor(name: str, data: object) -> StoredTensor:
+    where = f"tensor {_name('tensors', name):.200}"
+    fields = _fields(where, data, {"dtype": str, "shape": list, "sha256": str})
+    shape = fields["shape"]
+    if fields["dtype"] not in DTYPES:
+        raise _wrong(f"{where}: dtype", fields["dtype"], f"one of {sorted(DTYPES)}")
+    if len(shape) > _MAX_RANK or any(type(n) is not int or n < 0 for n in shape):
+        raise _wrong(f"{where}: shape", shape, f"at most {_MAX_RANK} integers, none negative")
+    if prod(max(n, 1) for n in shape) > _MAX_ELEMENTS:
+        raise _wrong(f"{where}: shape", shape, f"of at most {_MAX_ELEMENTS} elements")
+    return StoredTensor(DTYPES[fields["dtype"]], tuple(shape), _digest(f"{where}: sha256", fields["sha256"]))
+
+
+def _site(name: str, data: object) -> StoredSite:
+    fields = _fields(f"sites.{name:.200}", data, {"format": dict, "bias": (str, type(None))})
+    try:
+        fmt = SiteFormat.from_json(fields["format"])
+    except FormatError as error:
+        raise FormatError(f"{MANIFEST}: site {name!r:.200}: {error}") from error
+    bias = fields["bias"]
+    if bias is not None and not (bias in DTYPES and DTYPES[bias].is_floating_point):
+        raise _wrong(f"sites.{name:.200}.bias", bias, "null or a floating-point dtype")
+    return StoredSite(fmt, None if bias is None else DTYPES[bias])
+
+
+def _check_whole(manifest: Manifest) -> None:
+    """What fields say about each other: names are unique, ties lead somewhere, sites have their tensors."""
+    tensors = manifest.tensors
+    if CONFIG not in manifest.files or MANIFEST in manifest.files:
+        raise _wrong("files", sorted(manifest.files)[:9], f"a list with {CONFIG} and without {MANIFEST}")
+    if len({name.casefold() for name in manifest.files}) != len(manifest.files):
+        raise _wrong("files", sorted(manifest.files)[:9], "names that differ in more than case")
+    if len(tensors) != sum(len(file.tensors) for file in manifest.files.values()):
+        raise _wrong("files", _repeated(manifest.files.values()), "tensor names that occur in one file only")
+    for alias, name in manifest.ties.items():
+        if alias in tensors or name not in tensors:
+            raise _wrong(f"ties.{alias:.200}", name, "a stored tensor, under a name that is not stored itself")
+    for name in manifest.buffers:
+        if name not in tensors:
+            raise _wrong("buffers", name, "names of stored tensors")
+    for name in manifest.sites:
+        _check_site(manifest, name, tensors)
+    _check_owners(manifest, tensors)
+
+
+def _repeated(files: Iterable[StoredFile]) -> list[str]:
+    names = sorted(name for file in files for name in file.tensors)
+    return [a for a, b in pairwise(names) if a == b][:5]
+
+
+def _check_site(manifest: Manifest, name: str, tensors: Mapping[str, StoredTensor]) -> None:
+    site = manifest.sites[name]
+    sources = manifest.site_tensors(name)
+    missing = [key for key, source in sources.items() if source not in tensors]
+    if missing:
+        raise ArtifactError(f"{MANIFEST}: site {name!r:.200} has no tensors {missing}; save the model again")
+    try:
+        PackedWeight.from_tensors(site.fmt, {k: tensors[s].like() for k, s in sources.items() if k != "bias"})
+    except FormatError as error:
+        raise FormatError(f"{MANIFEST}: site {name!r:.200}: {error}") from error
+    if site.bias is not None:
+        bias = tensors[sources["bias"]]
+        if (bias.dtype, bias.shape) != (site.bias, (site.fmt.rows,)):
+            raise FormatError(
+                f"{MANIFEST}: site {name!r:.200}: bias is {bias.dtype}{bias.shape}, "
+                f"the site wants {site.bias}({site.fmt.rows},)"
+            )
+
+
+def _check_owners(manifest: Manifest, tensors: Mapping[str, StoredTensor]) -> None:
+    """Nothing but a site's own tensors lies under its name: no original weight, no site inside a site."""
+    for name in (*tensors, *manifest.ties):
+        for end in (i for i, letter in enumerate(name) if letter == "."):
+            site = name[:end]
+            if site in manifest.sites and name[end + 1 :] not in manifest.site_tensors(site):
+                raise ArtifactError(
+                    f"{MANIFEST}: tensor {name!r:.200} is not part of compiled site {site!r:.200}; save the model again"
+                )

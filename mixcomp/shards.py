@@ -1,0 +1,139 @@
+"""Tensors in safetensors files whose every byte is known in advance.
+
+The layout is a pure function of names, dtypes and shapes: tensors by falling element size, then by name, without
+holes, under a header in one fixed spelling.  So a reader does not parse a header it does not trust; it compares it
+with the one the manifest implies, and a digest for each tensor covers the rest of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, BinaryIO
+
+import torch
+
+from mixcomp.errors import ArtifactError
+from mixcomp.files import check_size, fill
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+#: element types as safetensors spells them
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+SPELLING = {dtype: name for name, dtype in DTYPES.items()}
+
+_PIECE = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What a file holds under a name; ``sha256`` is of its little-endian, row-major bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    sha256: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * prod(self.shape)
+
+    def like(self) -> torch.Tensor:
+        """A tensor of this dtype and shape on the meta device."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def header(tensors: Mapping[str, StoredTensor]) -> bytes:
+    """The first bytes of a file: length, then JSON padded with spaces to a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in stored_order(tensors):
+        tensor = tensors[name]
+        end = offset + tensor.nbytes
+        spelling = SPELLING[tensor.dtype]
+        entries[name] = {"dtype": spelling, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def file_size(tensors: Mapping[str, StoredTensor]) -> int:
+    """Bytes of the whole file."""
+    return len(header(tensors)) + sum(t.nbytes for t in tensors.values())
+
+
+def stored_order(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Names as they follow each other; big elements first, so that each tensor is aligned to its element."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def content(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, copied only if it is strided or on another device."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read(
+    file: BinaryIO, name: str, tensors: Mapping[str, StoredTensor], size: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the verified tensors of an open file one after the other, each in memory of its own.
+
+    Nothing is allocated before the size and the header agree with ``tensors``; at the end every byte of the file
+    has been compared or hashed.  Raises ``ArtifactError`` naming the file and the tensor.
+    """
+    check_size(file, name, size)
+    wanted = header(tensors)
+    if file_size(tensors) != size:
+        raise ArtifactError(f"{name}: its tensors do not add up to its {size} bytes; save the model again")
+    found = bytearray(len(wanted))
+    fill(file, name, memoryview(found))
+    if found != wanted:
+        at = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
+        raise ArtifactError(f"{name}: the header differs from the manifest at byte {at}; copy or save the folder again")
+    offset = len(wanted)
+    for key in stored_order(tensors):
+        yield key, _read_tensor(file, name, key, tensors[key], offset)
+        offset += tensors[key].nbytes
+
+
+def _read_tensor(file: BinaryIO, name: str, key: str, wanted: StoredTensor, offset: int) -> torch.Tensor:
+    raw = torch.empty(wanted.nbytes, dtype=torch.uint8)
+    view = raw.numpy().data
+    digest = hashlib.sha256()
+    for start in range(0, len(view), _PIECE):
+        fill(file, name, view[start : start + _PIECE])
+        digest.update(view[start : start + _PIECE])
+    if digest.hexdigest() != wanted.sha256:
+        raise ArtifactError(
+            f"{name}: tensor {key!r:.200} is damaged (bytes {offset} to {offset + len(view)} do not match its sha256); "
+            "copy or save the folder again"
+        )
+    return raw.view(wanted.dtype).reshape(wanted.shape)
+
+
+def split(sizes: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
+    """Names in the given order, cut into files of at most ``limit`` bytes of tensors (a larger tensor alone)."""
+    parts: list[list[str]] = []
+    room = 0
+    for name, size in sizes:
+        if not parts or size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(name)
+        room -= size
+    return parts

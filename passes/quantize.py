@@ -1,0 +1,73 @@
+"""quantize-weights: codes and scales for the assigned widths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from mixcomp.format import SiteFormat, runs
+from mixcomp.packed import pack_codes, pack_scales
+from mixcomp.passes.gptq import feedback, gptq
+from mixcomp.passes.stacks import inputs, stack
+from mixcomp.program import Fact, Program, Site
+from mixcomp.protocol import Context, Pass, Semantics
+from mixcomp.quant import Grid, fit_mixed
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Fit scales, round with GPTQ, pack.
+
+    Columns stand in the order an absorbed permutation gave them, so groups form in that order; rows are independent, so
+    they are quantized in their original order and permuted when they are packed.
+
+    Before: widths and orders.  After, per open site::
+
+        layers.0.q_proj   format 4x560 5x16 scatter
+        layers.0.q_proj/{codes, scales, factors, row_index}   the stored tensors
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.STATISTICS, Fact.ASSIGNED, Fact.REORDERED})
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
+    semantics: ClassVar[Semantics] = Semantics.LOSSY
+
+    def run(self, program: Program, context: Context) -> Program:
+        tensors: dict[str, torch.Tensor] = {}
+        sites: dict[str, Site] = {}
+        by_input = inputs(program)
+        for done, (name, group) in enumerate(by_input.items()):
+            context.progress("quantize", done, len(by_input))
+            rows = stack(program, name, group, context.device)
+            known = feedback(rows.sigma, group[0].name)
+            energy = rows.sigma.diagonal()
+            grids = [
+                fit_mixed(w, energy, program.tensor(s.name, "widths").to(context.device), s.name)
+                for s, w in rows.split(rows.weight)
+            ]
+            grid = Grid(*(torch.cat([getattr(g, f) for g in grids]) for f in ("factors", "scales", "widths")))
+            codes, _ = gptq(rows.weight, grid, known)
+            for (site, part), own in zip(rows.split(codes), grids, strict=True):
+                sites[site.name], stored = _pack(program, site, part, own)
+                tensors.update({f"{site.name}/{key}": value for key, value in stored.items()})
+        return program.with_sites(sites).with_tensors(tensors)
+
+
+def _pack(program: Program, site: Site, codes: torch.Tensor, grid: Grid) -> tuple[Site, dict[str, torch.Tensor]]:
+    """Rows into stored order, codes into bit planes."""
+    order = program.find(site.name, "row_order")
+    absorbed = order is not None and program.find(site.name, "absorbed") is not None
+    widths, factors, scales = grid.widths, grid.factors, grid.scales
+    if order is not None:
+        order = order.to(codes.device)
+        codes, widths, factors, scales = codes[order], widths[order], factors[order], scales[order]
+    scatter = order is not None and not absorbed
+    fmt = SiteFormat(site.rows, site.columns, runs(widths.tolist()), scatter)
+    padded = torch.nn.functional.pad(codes, (0, fmt.padded_columns - site.columns))
+    stored = {"codes": pack_codes(padded, fmt), "scales": pack_scales(scales), "factors": factors}
+    if scatter:
+        assert order is not None
+        stored["row_index"] = order.to(fmt.index_dtype)
+    return replace(site, format=fmt), stored

@@ -1,0 +1,138 @@
+"""insert-side-branch: a thin low-rank pair beside a linear, where a direction of its error pays for its bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from mixcomp.packed import PackedWeight
+from mixcomp.program import Fact, Program, Site
+from mixcomp.protocol import Context, Pass, Semantics
+
+#: directions examined per site; the price rarely lets more than a few pass
+MAX_DIRECTIONS = 8
+#: subspace iteration: spare vectors and rounds
+SPARE, ROUNDS = 8, 6
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """Leading directions of a weighted error: ``vectors`` fp32[rows, k] orthonormal, ``shares`` fp32[k] of its loss."""
+
+    vectors: torch.Tensor
+    shares: torch.Tensor
+
+
+def error_spectrum(
+    error: torch.Tensor, sigma: torch.Tensor, gamma: torch.Tensor, count: int, draw: torch.Generator
+) -> Directions:
+    """Top eigenvectors of ``G^1/2 E S E^T G^1/2`` by subspace iteration, and their share of its trace.
+
+    They span the rank-k branch that removes most of ``tr(G E S E^T)``: LQER, QERA and EoRA's problem with output
+    weights; no inverse or root of S is needed.  error fp32[rows, columns], sigma fp32[columns, columns],
+    gamma fp32[rows].
+    """
+    weighted = error * gamma.clamp_min(0).sqrt()[:, None]
+    moved = weighted @ sigma
+    total = float((moved * weighted).sum().double())
+    rank = min(count, *error.shape)
+    width = min(rank + SPARE, *error.shape)
+    basis = torch.randn(error.shape[0], width, generator=draw).to(error.device)
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(moved @ (weighted.T @ basis))[0]
+    small = (basis.T @ moved) @ (weighted.T @ basis)
+    values, vectors = torch.linalg.eigh(((small + small.T) / 2).double())
+    top = values.flip(0)[:rank].clamp_min(0)
+    shares = (top / total).float() if total > 0 else torch.zeros(rank, device=error.device)
+    return Directions(basis @ vectors.flip(1)[:, :rank].float(), shares)
+
+
+def branch_bits(rows: int, columns: int) -> int:
+    """Stored bits of one direction: int8 on both sides and one fp32 scale."""
+    return 8 * (rows + columns) + 32
+
+
+@dataclass(frozen=True)
+class InsertSideBranch(Pass):
+    """Build the planned side branches from the error that quantization really left.
+
+    With orthonormal V from ``error_spectrum``: ``A = G^-1/2 V``, ``B = V^T G^1/2 E``; both are rounded to int8 with one
+    scale per direction.  A branch stays only if the *stored* factors lower the weighted loss of the site.
+
+    Before::
+
+        %3 = linear(%2, @layers.0.q_proj) {4x560 5x16}
+
+    After, where a direction was planned::
+
+        %3 = linear(%2, @layers.0.q_proj) {4x560 5x16 rank 1}
+    """
+
+    name: ClassVar[str] = "insert-side-branch"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED, Fact.STATISTICS})
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.BRANCHED})
+    semantics: ClassVar[Semantics] = Semantics.LOSSY
+
+    def run(self, program: Program, context: Context) -> Program:
+        tensors: dict[str, torch.Tensor] = {}
+        sites: dict[str, Site] = {}
+        planned = [s for s in program.open_sites() if int(program.tensor(s.name, "planned_rank"))]
+        for done, site in enumerate(planned):
+            context.progress("side branches", done, len(planned))
+            branch = _branch(program, site, context)
+            if branch is None:
+                continue
+            rank = int(branch["branch_scale"].shape[0])
+            assert site.format is not None
+            fmt = replace(site.format, rank=rank)
+            sites[site.name] = replace(site, format=fmt)
+            planned = program.tensor(site.name, "planned_bits")
+            tensors[f"{site.name}/planned_bits"] = planned + rank * branch_bits(site.rows, site.columns)
+            tensors.update({f"{site.name}/{key}": value for key, value in branch.items()})
+        return program.with_sites(sites).with_tensors(tensors)
+
+
+def _branch(program: Program, site: Site, context: Context) -> dict[str, torch.Tensor] | None:
+    """Stored factors in stored row order and the losses before and after, or None where the branch does not help."""
+    assert site.format is not None
+    fmt = replace(site.format, rank=0)
+    stored = PackedWeight(fmt, **{k: program.tensor(site.name, k).to(context.device) for k in fmt.tensors()})
+    weight = program.weight(site).detach().to(context.device, torch.float32)
+    gamma = program.tensor(site.name, "gamma").to(context.device)
+    sigma = program.tensor(site.input, "sigma").to(context.device)
+    rows, columns = program.find(site.name, "row_order"), program.find(site.name, "column_order")
+    if columns is not None:
+        columns = columns.to(context.device)
+        weight, sigma = weight[:, columns], sigma[columns][:, columns]
+    if rows is not None:
+        rows = rows.to(context.device)
+        weight, gamma = weight[rows], gamma[rows]
+    error = weight - stored.base()
+    floor = float(gamma.mean()) * 1e-6 or 1.0  # rows no token reacts to still need a finite G^-1/2
+    gamma = gamma.clamp_min(floor)
+    found = error_spectrum(
+        error, sigma, gamma, int(program.tensor(site.name, "planned_rank")), context.generator(InsertSideBranch.name, site.name)
+    )
+    left = found.vectors / gamma.sqrt()[:, None]
+    right = (found.vectors * gamma.sqrt()[:, None]).T @ error
+    a, scale_a = _round_directions(left.T)
+    b, scale_b = _round_directions(right)
+    factors = {"branch_a": a.T.contiguous(), "branch_b": b, "branch_scale": scale_a * scale_b}
+    before = _weighted_loss(error, sigma, gamma)
+    after = _weighted_loss(error - (factors["branch_a"].float() * factors["branch_scale"]) @ b.float(), sigma, gamma)
+    if not after < before:
+        return None
+    return {**factors, "loss_before_branch": before, "loss_after_branch": after}
+
+
+def _round_directions(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32[rank, n] -> int8[rank, n] and one scale fp32[rank] per direction."""
+    scale = (factor.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (factor / scale[:, None]).round().clamp_(-127, 127).to(torch.int8), scale
+
+
+def _weighted_loss(error: torch.Tensor, sigma: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """``1/2 sum_c gamma_c e_c S e_c^T``, a 0-d fp64 tensor."""
+    return ((error @ sigma * error).sum(-1).double() * gamma.double()).sum() / 2
