@@ -54,7 +54,7 @@ def spread(x, TIMES: tl.constexpr):
 def load_words(words, scales, wide_row, narrow_row, scale_row, first, groups, WIDTH: tl.constexpr, N: tl.constexpr):
     """Words ``first .. first + N`` of some rows: (wide plane, narrow plane, group scale), int32, int32, fp32[rows, N].
 
-    ``wide_row``, ``narrow_row`` and ``scale_row`` are 64-bit offsets of the rows, [rows, 1].  N is a multiple of the
+    The narrow plane is shifted so that its bits for a wide word are the lowest.  ``wide_row``, ``narrow_row`` and ``scale_row`` are 64-bit offsets of the rows, [rows, 1].  N is a multiple of the
     words of two groups, because two group scales share a byte.
     """
     WIDE: tl.constexpr = 8 if WIDTH == 8 else (4 if WIDTH >= 4 else 2)
@@ -65,6 +65,7 @@ def load_words(words, scales, wide_row, narrow_row, scale_row, first, groups, WI
     if NARROW > 0:
         n = (first // (WIDE // NARROW) + tl.arange(0, N * NARROW // WIDE))[None, :]
         narrow = spread(tl.load(words + narrow_row + n, mask=n < groups * NARROW, other=0), WIDE // NARROW)
+        narrow = narrow >> (w % (WIDE // NARROW) * (32 // WIDE * NARROW))
     pair = (first // (2 * WIDE) + tl.arange(0, N // (2 * WIDE)))[None, :]
     nibbles = tl.load(scales + scale_row + pair, mask=pair * 2 < groups, other=0)
     nibbles = tl.join(nibbles & 15, nibbles >> 4)
@@ -73,33 +74,38 @@ def load_words(words, scales, wide_row, narrow_row, scale_row, first, groups, WI
 
 
 @triton.jit
-def levels(wide, narrow, word, field, WIDTH: tl.constexpr):
-    """Levels of the columns ``field`` of the words, fp32; the arguments broadcast against each other."""
-    WIDE: tl.constexpr = 8 if WIDTH == 8 else (4 if WIDTH >= 4 else 2)
-    NARROW: tl.constexpr = WIDTH - WIDE
-    code = (wide >> (field * WIDE)) & ((1 << WIDE) - 1)
-    if NARROW > 0:
-        column = word % (WIDE // NARROW) * (32 // WIDE) + field
-        code |= ((narrow >> (column * NARROW)) & ((1 << NARROW) - 1)) << WIDE
+def levels(code, WIDTH: tl.constexpr):
+    """Codes -> levels, int32 -> fp32, by the pattern of a float instead of a conversion."""
     if WIDTH == 8:
         return (code | ONES_PATTERN).to(tl.float32, bitcast=True) - (ONES + 128)
     return ((code << 1) | ONES_PATTERN).to(tl.float32, bitcast=True) - (ONES + ((1 << WIDTH) - 1))
 
 
 @triton.jit
-def weights(
-    wide, narrow, word, scale, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr
-):
-    """``m * level`` of columns FIRST, FIRST + STEP, ... of each word, in order: fp32[rows, words, 2, 2, ...].
+def merge(wide, narrow, WIDTH: tl.constexpr):
+    """The code whose bits are the lowest of ``wide`` and ``narrow``, int32."""
+    WIDE: tl.constexpr = 8 if WIDTH == 8 else (4 if WIDTH >= 4 else 2)
+    code = wide & ((1 << WIDE) - 1)
+    if WIDTH > WIDE:
+        code |= (narrow & ((1 << (WIDTH - WIDE)) - 1)) << WIDE
+    return code
 
-    Joining halves keeps all columns of a word in the thread that holds the word.
+
+@triton.jit
+def unfold(wide, narrow, scale, WIDTH: tl.constexpr):
+    """Words -> their columns, in order: ``m * level``, fp32[rows, words] -> fp32[rows, words * 32 / wide].
+
+    Halving the words by joins keeps all columns of a word in the thread that holds it.
     """
-    if COUNT == 1:
-        return levels(wide, narrow, word, FIRST, WIDTH) * scale
-    else:  # noqa: RET505 - Triton compiles both returns otherwise
-        even = weights(wide, narrow, word, scale, FIRST, STEP * 2, COUNT // 2, WIDTH)
-        odd = weights(wide, narrow, word, scale, FIRST + STEP, STEP * 2, COUNT // 2, WIDTH)
-        return tl.join(even, odd)
+    WIDE: tl.constexpr = 8 if WIDTH == 8 else (4 if WIDTH >= 4 else 2)
+    ROWS: tl.constexpr = wide.shape[0]
+    COLUMNS: tl.constexpr = wide.shape[1] * (32 // WIDE)
+    for i in tl.static_range(1, 5):
+        if (32 // WIDE) >> i > 0:
+            wide = tl.join(wide, wide >> (WIDE * ((32 // WIDE) >> i)))
+            narrow = tl.join(narrow, narrow >> ((WIDTH - WIDE) * ((32 // WIDE) >> i)))
+            scale = tl.join(scale, scale)
+    return tl.reshape(levels(merge(wide, narrow, WIDTH), WIDTH) * scale, (ROWS, COLUMNS))
 
 
 @triton.jit
@@ -131,8 +137,9 @@ def row_sums(
         column = word[None, :] * FIELDS + field[:, None]
         xs = load_x(x, token_row, column, token_keep, columns, x_column, ALIGNED).to(tl.float32)
         wide, narrow, scale = load_words(words, scales, wide_row, narrow_row, scale_row, first, groups, WIDTH, WORDS)
-        level = levels(wide[None, :, :], narrow[None, :, :], word[None, None, :], field[:, None, None], WIDTH)
-        sums += tl.sum(level * xs[:, None, :], 0) * scale
+        shift = field[:, None, None]
+        code = merge(wide[None, :, :] >> (shift * WIDE), narrow[None, :, :] >> (shift * (WIDTH - WIDE)), WIDTH)
+        sums += tl.sum(levels(code, WIDTH) * xs[:, None, :], 0) * scale
     return tl.sum(sums, 1)[:, None]
 
 
@@ -151,11 +158,10 @@ def tile_sums(
     WORDS: tl.constexpr = COLUMNS // FIELDS
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for first in tl.range(0, groups * WIDE, WORDS, num_stages=STAGES):
-        word = (first + tl.arange(0, WORDS))[None, :]
         column = (first * FIELDS + tl.arange(0, COLUMNS))[None, :]
         xs = tl.trans(load_x(x, token_row, column, token_keep, columns, x_column, ALIGNED))
         wide, narrow, scale = load_words(words, scales, wide_row, narrow_row, scale_row, first, groups, WIDTH, WORDS)
-        weight = tl.reshape(weights(wide, narrow, word, scale, 0, 1, FIELDS, WIDTH), (ROWS, COLUMNS))
+        weight = unfold(wide, narrow, scale, WIDTH)
         high = weight.to(xs.dtype)
         sums = tl.dot(high, xs, acc=sums, input_precision="ieee")
         if xs.dtype == tl.bfloat16 and WIDTH > 4:

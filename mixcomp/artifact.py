@@ -20,9 +20,8 @@ import torch
 from mixcomp import skeleton
 from mixcomp.errors import ArtifactError, ConfigError, FormatError, InputError, MixCompError
 from mixcomp.files import (
+    check_digest,
     check_name,
-    check_size,
-    fill,
     need_room,
     new_folder,
     open_regular,
@@ -221,10 +220,8 @@ def _sites(model: nn.Module) -> dict[str, StoredSite]:
             try:
                 check_values(module.packed())
             except FormatError as error:
-                raise InputError(
-                    f"layer {name!r}: {error}; compile again, and change no tensor of a compiled layer"
-                ) from error
-            out[name] = StoredSite(module.fmt, None if module.bias is None else module.bias.dtype)
+                raise InputError(f"layer {name!r}: {error}; compile the model again") from error
+            out[name] = StoredSite(module.fmt, module.dtype, None if module.bias is None else module.bias.dtype)
     return out
 
 
@@ -344,13 +341,13 @@ def _packed(manifest: Manifest, site: str, tensors: Mapping[str, torch.Tensor]) 
 def _modules(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> dict[str, MixedLinear]:
     """A module for every site; sites that share all their tensors share one."""
     out: dict[str, MixedLinear] = {}
-    made: dict[tuple[str, ...], MixedLinear] = {}
+    made: dict[tuple[object, ...], MixedLinear] = {}
     for site in manifest.sites:
         sources = manifest.site_tensors(site)
-        key = tuple(sources.values())
+        key = (manifest.sites[site].dtype, *sources.values())
         if key not in made:
             bias = tensors[sources["bias"]] if "bias" in sources else None
-            made[key] = MixedLinear(_packed(manifest, site, tensors), bias).eval()
+            made[key] = MixedLinear(_packed(manifest, site, tensors), bias, manifest.sites[site].dtype).eval()
         out[site] = made[key]
     return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,14 +15,22 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from mixcomp.canonical import aten, canonicalize
+from mixcomp.dynamo import capture_dynamo
 from mixcomp.errors import CaptureError, InputError
 from mixcomp.program import Program
 from mixcomp.sites import find_sites
 
+__all__ = ["capture", "capture_dynamo"]
+
 #: batch and length of the example; both stay dynamic, and neither is 1, which tracing would take for a constant
 EXAMPLE = (2, 16)
-#: batch and length on which graph and model are compared
-PROBE = (1, 5)
+#: lengths on which graph and model are compared: one beyond the example and the usual chunk of 64, or else a short one
+PROBES = (80, 5)
+#: attention that can be traced; others are exchanged for "sdpa" while tracing
+TRACEABLE = (None, "eager", "sdpa")
+#: relative difference of outputs that rounding in 16 bits can explain
+MOST_DIFFERENT = 0.02
+_BRANCHES = "its forward branches on sizes or data, or draws random numbers in eval mode, and cannot be compiled"
 #: attribute of ``_Tokens`` that holds the user's model
 _INNER = "model"
 
@@ -64,7 +72,7 @@ def capture(
     """
     _require_model(model)
     device = _require_one_device(model)
-    with _evaluating(model, device), torch.no_grad():
+    with _evaluating(model, device), _plain_attention(model), torch.no_grad():
         tokens = _Tokens(model)
         module = canonicalize(_adopt(_export(tokens, _example(model, device))))
         sites = find_sites(module, model, include, exclude, min_coverage)
@@ -136,6 +144,21 @@ def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
             part.training = mode
 
 
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """PyTorch's own attention meanwhile, where the model uses a kernel that cannot be traced."""
+    chosen = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    choose = getattr(model, "set_attn_implementation", None)
+    if chosen in TRACEABLE or not callable(choose):
+        yield
+        return
+    choose("sdpa")
+    try:
+        yield
+    finally:
+        choose(chosen)
+
+
 def _example(model: nn.Module, device: torch.device) -> torch.Tensor:
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     length = EXAMPLE[1] if not isinstance(positions, int) else max(2, min(EXAMPLE[1], positions // 2))
@@ -191,24 +214,30 @@ def _adopt(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _require_same(module: fx.GraphModule, tokens: _Tokens, device: torch.device) -> None:
-    """Run graph and model on tokens of another shape than the example's; a branch on data or sizes would show here."""
+    """Run graph and model on tokens of another shape than the example's: branches on data or sizes show here."""
     tables = [n.args[0].meta["val"].shape[0] for n in module.graph.nodes if n.target is aten.embedding.default]
     draw = torch.Generator().manual_seed(0)
-    probe = torch.randint(0, min(tables, default=2), PROBE, generator=draw).to(device)
-    try:
-        wanted, got = pytree.tree_leaves(tokens(probe)), pytree.tree_leaves(module(probe))
-    except Exception as error:  # the user's model, or a graph that holds only for the example's sizes
-        raise CaptureError(f"running the model on {list(PROBE)} tokens failed: {_reason(error)}") from error
-    for left, right in zip(wanted, got, strict=True):
-        if isinstance(left, torch.Tensor) and left.is_floating_point():
-            left, right = left.double(), right.double()
-            error = (left - right).norm() / left.norm().clamp_min(torch.finfo(torch.float32).tiny)
-            if error > 0.02 or left.shape != right.shape:
-                raise CaptureError(
-                    f"the traced graph computes something else than the model (relative difference {error:.3g} on "
-                    f"{list(PROBE)} tokens); the model's forward branches on its input, or draws random numbers in eval mode"
-                )
+    for length in PROBES:
+        probe = torch.randint(0, min(tables, default=2), (1, length), generator=draw).to(device)
+        try:
+            wanted = tokens(probe)
+        except Exception as error:  # the model's own: longer than its table of positions, most likely
+            if length == PROBES[-1]:
+                raise CaptureError(f"the model fails on {length} tokens: {_reason(error)}") from error
+            continue
+        try:
+            difference = _difference(wanted, module(probe))
+        except Exception as error:  # what the example's sizes allowed and these do not
+            raise CaptureError(f"the traced graph fails on {length} tokens: {_reason(error)}; {_BRANCHES}") from error
+        if not difference < MOST_DIFFERENT:
+            raise CaptureError(f"on {length} tokens the traced graph differs from the model by {difference:.3g}; {_BRANCHES}")
+        return
 
 
-def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
-    raise NotImplementedError
+def _difference(wanted: Any, got: Any) -> float:
+    """Largest relative difference (Frobenius norm) of two outputs' tensors; a different structure is infinitely far."""
+    left, right = ([t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)] for out in (wanted, got))
+    if [t.shape for t in left] != [t.shape for t in right]:
+        return float("inf")
+    pairs = ((a.double(), b.double()) for a, b in zip(left, right, strict=True))
+    return max((float((a - b).norm() / a.norm().clamp_min(1e-30)) for a, b in pairs), default=0.0)

@@ -86,7 +86,8 @@ def compile_verb(
 
         original = sources.load_original(model, sources.pick_device(device))
         tokenizer = sources.load_tokenizer(model)
-        compiled: Any = api.compile(original, calibration=calibration, tokenizer=tokenizer, progress=progress, **options)
+        options |= {"calibration": calibration, "tokenizer": tokenizer, "progress": progress}
+        compiled: Any = api.compile(original, **options)
         progress("save", 0, 1)
         artifact.save(compiled, out, tokenizer=tokenizer)
         progress("save", 1, 1)

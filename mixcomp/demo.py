@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,7 @@ def run(name: str | None, budget: float | str, out: Path, device: str, progress:
         MixCompError: no model could be had, or the budget is impossible.
     """
     from mixcomp import api, artifact, data, evaluate, report, sources
+    from mixcomp.calibration import TokenLimits
     from mixcomp.files import write_atomic
 
     folder = name or str(_release(out, progress))
@@ -92,13 +94,20 @@ def run(name: str | None, budget: float | str, out: Path, device: str, progress:
     if tokenizer is None:
         raise InputError(f"model {folder!r} has no tokenizer beside it; the demonstration writes text, so it needs one")
     size = SIZES["cpu" if device == "cpu" else "gpu"]
+    longest = TokenLimits.of(original).positions or sys.maxsize
     samples, length = size.calibration
     compiled: Any = api.compile(
-        original, budget=budget, tokenizer=tokenizer, samples=samples, length=length, copy=True, progress=progress
+        original,
+        budget=budget,
+        tokenizer=tokenizer,
+        samples=samples,
+        length=min(length, longest),
+        copy=True,
+        progress=progress,
     )
     facts = report.describe(compiled)
     limit, window = size.evaluation
-    windows = evaluate.text_windows(tokenizer, data.read(data.EVALUATION), window, limit)
+    windows = evaluate.text_windows(tokenizer, data.read(data.EVALUATION), min(window, longest), limit)
     scores = evaluate.evaluate(compiled, windows, original, progress=progress)
     sentences = (_write(original, tokenizer), _write(compiled, tokenizer))
     target, report_file = out / "model", out / "report.json"

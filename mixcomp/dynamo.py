@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,39 +18,87 @@ PLAIN = "not compiled: call mixcomp.compile on the model before torch.compile"
 
 
 def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
-    """A program of a Dynamo graph: same inputs in the same order, lifted parameters included.
+    """A program of a Dynamo graph: the same inputs in the same order, lifted parameters included.
 
-    Calls of ``mixcomp::mixed_linear`` are lowered sites, their tensors are in the table where ``example_inputs`` are
-    real; plain linears are sites left alone.  ``module`` itself is not changed.
+    Calls of ``mixcomp::mixed_linear`` are lowered sites, with their tensors in the table; plain linears are sites left
+    alone.  ``module`` itself is not changed.
+
+    Before::
+
+        x = l_x_.view(4, -1)
+        y = torch.ops.mixcomp.mixed_linear(x, l_self_..._codes_, ..., [1920, 4, 128, 8], 2048)
+
+    After, the same as functional calls, and a site ``layers.0.q_proj`` of the format {4x1920 8x128}.
 
     Raises:
         FormatError: the constants of a ``mixed_linear`` call describe no format.
     """
     program = Program(module, ()).clone()
     graph = program.graph_module.graph
-    for node in graph.nodes:
-        node.meta.setdefault("val", node.meta.get("example_value"))
-        if node.op == "call_method":
-            node.op, node.target = "call_function", getattr(torch.Tensor, str(node.target))
-        if isinstance(node.target, torch._ops.OpOverloadPacket):
-            node.target = node.target.default
     given = dict(zip((n for n in graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
     sites: dict[fx.Node, Site] = {}
     tensors: dict[str, torch.Tensor] = {}
     for node in graph.nodes:
-        mixed = getattr(node.target, "_schema", None) is not None and node.target.name() == "mixcomp::mixed_linear"
-        if not mixed and node.target is not torch.nn.functional.linear:
+        _make_functional(node)
+        linear = _operands(node)
+        if linear is None:
             continue
-        operands = _operands(node)
-        source = operands["codes" if mixed else "weight"]
-        if source not in sites:
-            name = _name(node, {s.name for s in sites.values()})
-            sites[source] = _lowered(name, operands) if mixed else _plain(name, operands)
-            real = {what: given.get(operand) for what, operand in operands.items() if mixed and what in _stored(sites[source])}
-            tensors |= {f"{name}/{what}": t for what, t in real.items() if isinstance(t, torch.Tensor)}
-        site = sites[source]
-        sites[source] = _called(site, node)
-        node.meta[META] = site.name
+        source = linear.get("codes", linear.get("weight"))
+        if source in sites:
+            sites[source] = replace(sites[source], calls=(*sites[source].calls, node.name))
+        else:
+            sites[source] = _site(node, linear, {s.name for s in sites.values()})
+            tensors |= _stored(sites[source], linear, given)
+        node.meta[META] = sites[source].name
     program.graph_module.recompile()
-    facts = frozenset({Fact.LOWERED}) if tensors else frozenset()
+    facts = frozenset({Fact.LOWERED} if any(s.format for s in sites.values()) else ())
     return Program(program.graph_module, tuple(sites.values()), MappingProxyType(tensors), facts)
+
+
+def _make_functional(node: fx.Node) -> None:
+    """Values under ``val``, methods as functions, one overload instead of a packet."""
+    node.meta.setdefault("val", node.meta.get("example_value"))
+    if node.op == "call_method":
+        node.op, node.target = "call_function", getattr(torch.Tensor, str(node.target))
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        node.target = node.target.default
+
+
+def _operands(node: fx.Node) -> dict[str, Any] | None:
+    """Operands of a linear by name: with ``codes`` of a lowered one, with ``weight`` of a plain one."""
+    names: Sequence[str]
+    if node.target is torch.nn.functional.linear:
+        names = ("input", "weight", "bias")
+    elif isinstance(node.target, torch._ops.OpOverload) and node.target.name() == "mixcomp::mixed_linear":
+        names = [a.name for a in node.target._schema.arguments]
+    else:
+        return None
+    found = {**dict.fromkeys(names), **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    found["x"] = found.pop("input", None) or found.get("x")
+    return found
+
+
+def _site(node: fx.Node, linear: dict[str, Any], taken: set[str]) -> Site:
+    fmt = _format(linear) if "codes" in linear else None
+    name = owner(node).removeprefix("L['self']").removeprefix(".") or node.name
+    if name in taken:
+        name = f"{name}.{node.name}"
+    shape = (fmt.rows, fmt.columns) if fmt else tuple(linear["weight"].meta["val"].shape)
+    reference = WeightRef(f"{name}.weight", (), (shape[0], shape[1]), linear["x"].meta["val"].dtype)
+    bias = None if linear["bias"] is None else f"{name}.bias"
+    reason = None if fmt else PLAIN
+    return Site(name, (node.name,), reference, bias, activation(linear["x"]).name, True, reason, fmt)
+
+
+def _format(linear: dict[str, Any]) -> SiteFormat:
+    flat = linear["segments"]
+    segments = tuple(Segment(rows, width) for rows, width in zip(flat[::2], flat[1::2], strict=True))
+    rank = 0 if linear["branch_a"] is None else int(linear["branch_a"].meta["val"].shape[1])
+    rows = sum(s.rows for s in segments)
+    return SiteFormat(rows, linear["columns"], segments, linear["row_index"] is not None, rank)
+
+
+def _stored(site: Site, linear: dict[str, Any], given: dict[fx.Node, Any]) -> dict[str, torch.Tensor]:
+    names = site.format.tensors() if site.format else ()
+    found = {f"{site.name}/{name}": given.get(linear[name]) for name in names}
+    return {key: tensor for key, tensor in found.items() if isinstance(tensor, torch.Tensor)}

@@ -39,7 +39,7 @@ def check_name(name: object) -> str:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ArtifactError(
             f"file name {name!r:.200} is not a plain name: 1 to 64 of the characters A-Z a-z 0-9 . _ - "
-            "and no leading dot; the folder was not written by mixcomp.save"
+            "and no leading dot; save the model again"
         )
     return name
 
@@ -53,7 +53,7 @@ def open_regular(folder: Path, name: str) -> BinaryIO:
         raise ArtifactError(f"{path}: the file is missing; copy or save the folder again") from None
     except OSError as error:
         what = "it is a symbolic link" if error.errno == errno.ELOOP else str(error.strerror)
-        raise ArtifactError(f"{path}: cannot be opened ({what}); it must be a readable regular file") from error
+        raise ArtifactError(f"{path}: cannot be opened ({what}); copy or save the folder again") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ArtifactError(f"{path}: is not a regular file; copy or save the folder again")
@@ -86,7 +86,7 @@ def read_whole(folder: Path, name: str, limit: int) -> bytes:
     with open_regular(folder, name) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise ArtifactError(f"{name}: {size} bytes, at most {limit} are read; the file is not what it should be")
+            raise ArtifactError(f"{name}: {size} bytes, at most {limit} are read; save the model again")
         data = bytearray(size)
         fill(file, name, memoryview(data))
         return bytes(data)
@@ -246,14 +246,13 @@ def _sweep(target: Path) -> None:
     for path in target.parent.iterdir():
         if not pattern.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
             continue
-        lock = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path)
-        except OSError:
-            continue
-        finally:
-            os.close(lock)
+        with suppress(OSError):  # gone already, or locked
+            lock = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(lock)
 
 
 def _free_bytes(target: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -58,13 +59,15 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredSite:
-    """A compiled linear: its format, and the dtype of its bias if it has one."""
+    """A compiled linear: its format, the dtype of the weight it replaces, and that of its bias if it has one."""
 
     fmt: SiteFormat
+    dtype: torch.dtype
     bias: torch.dtype | None
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": self.fmt.to_json(), "bias": None if self.bias is None else SPELLING[self.bias]}
+        bias = None if self.bias is None else SPELLING[self.bias]
+        return {"format": self.fmt.to_json(), "dtype": SPELLING[self.dtype], "bias": bias}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,20 +182,18 @@ _LAYOUT: Mapping[str, type | tuple[type, ...]] = {
 def read_json(raw: bytes, name: str) -> Any:
     """Parse JSON that may be hostile; duplicate keys, NaN, too many entries or levels are an ``ArtifactError``."""
     if raw.count(b":") + raw.count(b",") > _MAX_ITEMS:  # an upper bound of keys and elements, before any is built
-        raise ArtifactError(f"{name}: more than {_MAX_ITEMS} entries; the folder was not written by mixcomp.save")
+        raise ArtifactError(f"{name}: more than {_MAX_ITEMS} entries; save the model again")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key, value in pairs:
             if key in out:
-                raise ArtifactError(
-                    f"{name}: key {key!r:.200} occurs twice; the folder was not written by mixcomp.save"
-                )
+                raise ArtifactError(f"{name}: key {key!r:.200} occurs twice; save the model again")
             out[key] = value
         return out
 
     def refuse(constant: str) -> Any:
-        raise ArtifactError(f"{name}: {constant} is not a JSON number; the folder was not written by mixcomp.save")
+        raise ArtifactError(f"{name}: {constant} is not a JSON number; save the model again")
 
     try:
         data = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
@@ -208,15 +209,22 @@ def _check_depth(data: Any, name: str) -> None:
         level = [v for x in level if isinstance(x, dict | list) for v in (x.values() if isinstance(x, dict) else x)]
         if not level:
             return
-    raise ArtifactError(f"{name}: nested more than {_MAX_DEPTH} deep; the folder was not written by mixcomp.save")
+    raise ArtifactError(f"{name}: nested more than {_MAX_DEPTH} deep; save the model again")
 
 
 def _spell(data: Mapping[str, Any]) -> bytes:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+def _brief(value: object) -> str:
+    """``repr`` cut short while it is made: a hostile value may be millions of numbers."""
+    short = reprlib.Repr()
+    short.maxstring = 200
+    return short.repr(value)
+
+
 def _wrong(field: str, got: object, wanted: str) -> ArtifactError:
-    return ArtifactError(f"{MANIFEST}: field {field!r} is {got!r:.200}, it must be {wanted}; save the model again")
+    return ArtifactError(f"{MANIFEST}: field {field!r} is {_brief(got)}, it must be {wanted}; save the model again")
 
 
 def _check_version(data: Mapping[str, Any]) -> None:
@@ -228,14 +236,20 @@ def _check_version(data: Mapping[str, Any]) -> None:
         writer = versions.get("mixcomp") if isinstance(versions, dict) else None
         raise ArtifactError(
             f"{MANIFEST}: format version {version}, this release reads version {VERSION}; "
-            f"read it with mixcomp {writer!r:.40} or later, which wrote it"
+            f"read it with mixcomp {_brief(writer)} or later, which wrote it"
         )
 
 
 def _fields(where: str, data: object, layout: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
     """``data`` as an object with exactly these fields of exactly these types."""
-    if not isinstance(data, dict) or set(data) != set(layout):
-        raise _wrong(where, sorted(data) if isinstance(data, dict) else data, f"an object with fields {sorted(layout)}")
+    if not isinstance(data, dict):
+        raise _wrong(where, data, f"an object with the fields {sorted(layout)}")
+    missing, unknown = sorted(layout.keys() - data.keys()), sorted(data.keys() - layout.keys())
+    if missing or unknown:
+        raise ArtifactError(
+            f"{MANIFEST}: {where} has unknown fields {unknown[:5]} and lacks {missing[:5]}; read it with the release that "
+            "wrote it, or save the model again"
+        )
     for name, kinds in layout.items():
         if type(data[name]) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
             raise _wrong(f"{where}: {name}", data[name], f"of type {kinds}")
@@ -285,15 +299,19 @@ def _tensor(name: str, data: object) -> StoredTensor:
 
 
 def _site(name: str, data: object) -> StoredSite:
-    fields = _fields(f"sites.{name:.200}", data, {"format": dict, "bias": (str, type(None))})
+    fields = _fields(f"sites.{name:.200}", data, {"format": dict, "dtype": str, "bias": (str, type(None))})
     try:
         fmt = SiteFormat.from_json(fields["format"])
     except FormatError as error:
-        raise FormatError(f"{MANIFEST}: site {name!r:.200}: {error}") from error
-    bias = fields["bias"]
-    if bias is not None and not (bias in DTYPES and DTYPES[bias].is_floating_point):
-        raise _wrong(f"sites.{name:.200}.bias", bias, "null or a floating-point dtype")
-    return StoredSite(fmt, None if bias is None else DTYPES[bias])
+        raise FormatError(f"{MANIFEST}: site {name!r:.200}: {error}; save the model again") from error
+    bias = None if fields["bias"] is None else _float(f"sites.{name:.200}.bias", fields["bias"])
+    return StoredSite(fmt, _float(f"sites.{name:.200}.dtype", fields["dtype"]), bias)
+
+
+def _float(field: str, spelling: str) -> torch.dtype:
+    if spelling not in DTYPES or not DTYPES[spelling].is_floating_point:
+        raise _wrong(field, spelling, "a floating-point dtype")
+    return DTYPES[spelling]
 
 
 def _check_whole(manifest: Manifest) -> None:
@@ -330,13 +348,13 @@ def _check_site(manifest: Manifest, name: str, tensors: Mapping[str, StoredTenso
     try:
         PackedWeight.from_tensors(site.fmt, {k: tensors[s].like() for k, s in sources.items() if k != "bias"})
     except FormatError as error:
-        raise FormatError(f"{MANIFEST}: site {name!r:.200}: {error}") from error
+        raise FormatError(f"{MANIFEST}: site {name!r:.200}: {error}; save the model again") from error
     if site.bias is not None:
         bias = tensors[sources["bias"]]
         if (bias.dtype, bias.shape) != (site.bias, (site.fmt.rows,)):
             raise FormatError(
                 f"{MANIFEST}: site {name!r:.200}: bias is {bias.dtype}{bias.shape}, "
-                f"the site wants {site.bias}({site.fmt.rows},)"
+                f"the site wants {site.bias}({site.fmt.rows},); save the model again"
             )
 
 

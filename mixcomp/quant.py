@@ -6,6 +6,7 @@ then the search and the codes use what will be read back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,11 @@ class Grid:
     def top(self) -> torch.Tensor:
         """Largest code, fp32[rows]."""
         return torch.exp2(self.widths.float()) - 1
+
+
+def concatenate(grids: Sequence[Grid]) -> Grid:
+    """The grids of several blocks of rows as one."""
+    return Grid(*(torch.cat([getattr(g, name) for g in grids]) for name in ("factors", "scales", "widths")))
 
 
 def group_columns(weight: torch.Tensor) -> torch.Tensor:

@@ -122,9 +122,8 @@ def _memory_reason(tensor: torch.Tensor, parameters: list[torch.Tensor]) -> str 
 
 def _use_reason(weight: Weight, biases: set[str | None], model: nn.Module) -> str | None:
     """Why the modules that hold a weight cannot be replaced by compiled ones."""
-    others = [n for n in weight.reads if n.target is not LINEAR]
-    if others:
-        return f"the weight is also read by {_operation(others[0])}"
+    if weight.others:
+        return f"the weight is also read by {_operation(weight.others[0])}"
     if len({call.args[3] for call in weight.calls}) > 1:
         return "the weight is used both as it is and transposed"
     if biases == {""}:

@@ -31,7 +31,8 @@ def load_original(name: str, device: str) -> Any:
 
     logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, trust_remote_code=False)
+        load = AutoModelForCausalLM.from_pretrained
+        model: Any = load(name, dtype="auto", use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

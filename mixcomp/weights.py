@@ -12,20 +12,19 @@ from mixcomp.ops import LINEAR
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One piece of memory, every path to it in the user's model, and every node of the graph that reads it."""
+    """One piece of memory, every path to it in the user's model, and who reads it in the graph.
+
+    ``calls`` are the canonical linears that multiply by it, ``others`` all other readers.
+    """
 
     tensor: torch.Tensor
     paths: tuple[str, ...]
-    reads: tuple[fx.Node, ...]
-
-    @property
-    def calls(self) -> tuple[fx.Node, ...]:
-        """The canonical linears among the readers."""
-        return tuple(n for n in self.reads if n.target is LINEAR)
+    calls: tuple[fx.Node, ...]
+    others: tuple[fx.Node, ...]
 
     @property
     def embedded(self) -> bool:
-        return any("embedding" in str(n.target) for n in self.reads)
+        return any("embedding" in str(n.target) for n in self.others)
 
 
 def weights_of(module: fx.GraphModule, model: nn.Module) -> dict[str, Weight]:
@@ -44,7 +43,9 @@ def weights_of(module: fx.GraphModule, model: nn.Module) -> dict[str, Weight]:
     place = {node: i for i, node in enumerate(module.graph.nodes)}
     for key in nodes.keys() & paths.keys():
         reads = sorted({user for node in nodes[key] for user in node.users}, key=place.__getitem__)
-        weight = Weight(tensors[key], tuple(paths[key]), tuple(reads))
+        calls = tuple(n for n in reads if n.target is LINEAR and n.args[1] in nodes[key])
+        others = tuple(n for n in reads if n not in calls)
+        weight = Weight(tensors[key], tuple(paths[key]), calls, others)
         out.update({str(node.target): weight for node in nodes[key]})
     return out
 

@@ -13,7 +13,7 @@ from mixcomp.passes.gptq import feedback, gptq
 from mixcomp.passes.stacks import inputs, stack
 from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass, Semantics
-from mixcomp.quant import Grid, fit_mixed
+from mixcomp.quant import Grid, concatenate, fit_mixed
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class QuantizeWeights(Pass):
                 fit_mixed(w, energy, program.tensor(s.name, "widths").to(context.device), s.name)
                 for s, w in rows.split(rows.weight)
             ]
-            grid = Grid(*(torch.cat([getattr(g, f) for g in grids]) for f in ("factors", "scales", "widths")))
-            codes, _ = gptq(rows.weight, grid, known)
+            codes, _ = gptq(rows.weight, concatenate(grids), known)
             for (site, part), own in zip(rows.split(codes), grids, strict=True):
                 sites[site.name], stored = _pack(program, site, part, own)
                 tensors.update({f"{site.name}/{key}": value for key, value in stored.items()})

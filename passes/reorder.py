@@ -25,9 +25,9 @@ class ReorderFeatures(Pass):
     The graph stays as it is; what changes is which row is stored where::
 
         before                     after
-        gate  4 8 4 8              row_order 0 2 1 3   stored 4 4 8 8    absorbed: no index,
-        up    8 4 4 8              row_order 0 2 1 3   stored 8 4 4 8    its features come out in the new order
-        down  columns 0 1 2 3      column_order 0 2 1 3                  and it reads them in that order
+        gate  4 8 4 8              row_order 2 0 3 1   stored 4 4 8 8    absorbed: no index is stored,
+        up    8 4 4 8              row_order 2 0 3 1   stored 4 8 8 4    features come out in the new order
+        down  columns 0 1 2 3      column_order 2 0 3 1                  and are read in it
         q     8 4 4 8              row_order 1 2 0 3   stored 4 4 8 8    scattered: row_index leads back
 
     Rows of one width keep their order.  A site whose rows already lie in as few segments stays as it is.  Of two

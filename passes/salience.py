@@ -13,10 +13,10 @@ from mixcomp.passes.side_branch import MAX_DIRECTIONS, error_spectrum
 from mixcomp.passes.stacks import Stack, inputs, stack
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass
-from mixcomp.quant import Grid, dequantize, fit_grid
+from mixcomp.quant import Grid, concatenate, dequantize, fit_grid
 
-#: width whose error decides how much a side branch could take away; errors of all widths have nearly the same shape
-SPECTRUM_WIDTH = 3
+#: the width (3 bits) whose error tells how much a side branch could take away; errors of all widths are alike in shape
+_SPECTRUM = WIDTHS.index(3)
 
 
 @dataclass(frozen=True)
@@ -47,27 +47,31 @@ class AnnotateSalience(Pass):
 
 
 def _price(program: Program, rows: Stack, context: Context) -> dict[str, torch.Tensor]:
-    known = feedback(rows.sigma, rows.sites[0].name)
-    losses, out = [], {}
-    for width in WIDTHS:
-        grid = _fit(rows, width)
-        codes, loss = gptq(rows.weight, grid, known)
-        losses.append(loss)
-        if width == SPECTRUM_WIDTH:
-            error = rows.weight - dequantize(codes, grid)
-            for site, part in rows.split(error):
-                gamma = program.tensor(site.name, "gamma").to(context.device)
-                draw = context.generator("annotate-salience", site.name)
-                directions = error_spectrum(part, rows.sigma, gamma, MAX_DIRECTIONS, draw)
-                out[f"{site.name}/spectrum"] = directions.shares
-    for site, loss in rows.split(torch.stack(losses, -1)):
+    grids = [_fit(rows, width) for width in WIDTHS]
+    # the six runs are one run over six copies of the rows: a GPU sees wide columns instead of many small launches
+    codes, loss = gptq(rows.weight.repeat(len(WIDTHS), 1), concatenate(grids), feedback(rows.sigma, rows.sites[0].name))
+    losses = loss.view(len(WIDTHS), -1).T.contiguous()  # [rows, widths]
+    out = _spectra(program, rows, codes.chunk(len(WIDTHS))[_SPECTRUM], grids[_SPECTRUM], context)
+    for site, part in rows.split(losses):
         gamma = program.tensor(site.name, "gamma").to(context.device)
-        out[f"{site.name}/salience"] = (loss * gamma[:, None]).div_(2)
+        out[f"{site.name}/salience"] = part * gamma[:, None] / 2
+    return out
+
+
+def _spectra(
+    program: Program, rows: Stack, codes: torch.Tensor, grid: Grid, context: Context
+) -> dict[str, torch.Tensor]:
+    error = rows.weight - dequantize(codes, grid)
+    out = {}
+    for site, part in rows.split(error):
+        gamma = program.tensor(site.name, "gamma").to(context.device)
+        draw = context.generator(AnnotateSalience.name, site.name)
+        out[f"{site.name}/spectrum"] = error_spectrum(part, rows.sigma, gamma, MAX_DIRECTIONS, draw).shares
     return out
 
 
 def _fit(rows: Stack, width: int) -> Grid:
     """Grids of all stacked rows, fitted site by site so that an error names the right one."""
     energy = rows.sigma.diagonal()
-    parts = [fit_grid(w, energy, width, site.name) for site, w in rows.split(rows.weight)]
-    return Grid(*(torch.cat([getattr(p, f) for p in parts]) for f in ("factors", "scales", "widths")))
+    parts = [fit_grid(weight, energy, width, site.name) for site, weight in rows.split(rows.weight)]
+    return concatenate(parts)

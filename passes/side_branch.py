@@ -88,8 +88,8 @@ class InsertSideBranch(Pass):
             assert site.format is not None
             fmt = replace(site.format, rank=rank)
             sites[site.name] = replace(site, format=fmt)
-            planned = program.tensor(site.name, "planned_bits")
-            tensors[f"{site.name}/planned_bits"] = planned + rank * branch_bits(site.rows, site.columns)
+            bits = program.tensor(site.name, "planned_bits") + rank * branch_bits(site.rows, site.columns)
+            tensors[f"{site.name}/planned_bits"] = bits
             tensors.update({f"{site.name}/{key}": value for key, value in branch.items()})
         return program.with_sites(sites).with_tensors(tensors)
 

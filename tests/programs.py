@@ -7,7 +7,7 @@ Every program is ``embedding -> layers -> lm_head``; the head is out of scope, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import prod
 from typing import Any
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from mixcomp.ops import LINEAR
+from mixcomp.printer import module_tensors
 from mixcomp.program import META, Program, Site, WeightRef
 from mixcomp.protocol import Context
 
@@ -85,6 +86,19 @@ NASTY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def put(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
+    """Hang a parameter or buffer under ``path``, making the modules on the way."""
+    *folders, name = path.split(".")
+    for part in folders:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(name, tensor)
+    else:
+        root.register_buffer(name, tensor)
+
+
 @dataclass
 class Builder:
     """Writes a graph node by node with fake values, and registers parameters under their paths."""
@@ -98,6 +112,7 @@ class Builder:
         self.mode = FakeTensorMode(shape_env=ShapeEnv())
         self.draw = torch.Generator().manual_seed(self.blueprint.seed)
         self.weights: dict[str, fx.Node] = {}
+        self.tied = False
         self.values: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def input(self, name: str) -> fx.Node:
@@ -116,13 +131,7 @@ class Builder:
         return self.register(path, nn.Parameter(self.numbers(shape).to(dtype)))
 
     def register(self, path: str, parameter: nn.Parameter) -> fx.Node:
-        owner = self.root
-        *folders, name = path.split(".")
-        for part in folders:
-            if not hasattr(owner, part):
-                owner.add_module(part, nn.Module())
-            owner = getattr(owner, part)
-        owner.register_parameter(name, parameter)
+        put(self.root, path, parameter)
         self.weights[path] = node = self.graph.create_node("get_attr", path)
         node.meta["val"] = self.mode.from_tensor(parameter, static_shapes=True)
         return node
@@ -171,7 +180,7 @@ class Builder:
     def note(self, node: fx.Node, x: fx.Node, name: str, layer: Layer, shape: tuple[int, int], in_scope: bool) -> None:
         known = self.sites.get(name)
         calls = (*known.calls, node.name) if known else (node.name,)
-        aliases = ("embed.weight",) if name == "lm_head" and self.blueprint.tied else ()
+        aliases = ("embed.weight",) if name == "lm_head" and self.tied else ()
         weight = WeightRef(f"{name}.weight", aliases, shape, layer.dtype, layer.kind is Kind.TRANSPOSED)
         bias = f"{name}.bias" if layer.bias else None
         self.sites[name] = Site(name, calls, weight, bias, known.input if known else x.name, in_scope)
@@ -190,7 +199,8 @@ class Builder:
             inner = self.call(aten.mul.Tensor, self.call(aten.silu.default, gate), up)
         else:
             inner = self.call(aten.relu.default, up)
-        return self.call(aten.add.Tensor, x, self.linear(inner, f"{name}.down", width, layer))
+        down = self.linear(inner, f"{name}.down", width, layer)
+        return self.call(aten.add.Tensor, x, self.cast(down, x.meta["val"].dtype))
 
 
 def build(blueprint: Blueprint) -> Program:
@@ -203,10 +213,30 @@ def build(blueprint: Blueprint) -> Program:
         x = builder.layer(x, f"{blueprint.folder}.{i}", layer)
     if blueprint.tied and x.meta["val"].shape[-1] == blueprint.width:
         builder.register("lm_head.weight", builder.root.embed.weight)
+        builder.tied = True
     logits = builder.linear(x, "lm_head", blueprint.vocab, in_scope=False)
     builder.graph.output(logits)
     module = fx.GraphModule(builder.root, builder.graph, "Small")
     return Program(module, tuple(builder.sites.values()))
+
+
+def own(program: Program) -> Program:
+    """A copy that shares no memory, so that writes to it show nowhere else; ties stay ties."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in copies:
+            fresh = tensor.detach().clone()
+            grad = tensor.requires_grad
+            copies[id(tensor)] = nn.Parameter(fresh, grad) if isinstance(tensor, nn.Parameter) else fresh
+        return copies[id(tensor)]
+
+    module = program.clone().graph_module
+    owned = nn.Module()
+    for path, tensor in module_tensors(module).items():
+        put(owned, path, copy(tensor))
+    tensors = {key: copy(tensor) for key, tensor in program.tensors.items()}
+    return replace(program, graph_module=fx.GraphModule(owned, module.graph, "Small"), tensors=tensors)
 
 
 def tokens(blueprint: Blueprint, samples: int = 2, length: int = 5) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Calibration: exactly the windows that were promised, from anything sensible; bad input is refused by sample (C01-C04)."""
+"""Calibration: exactly the windows that were promised, from anything sensible; bad input is named (C01-C04)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import build
 from hypothesis import given
 from hypothesis import strategies as st
 
+from families import build
 from mixcomp import data
 from mixcomp.calibration import Calibration, resolve
 from mixcomp.errors import CalibrationError
@@ -166,9 +166,17 @@ def test_a_binary_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("device", "positions", "shape"),
-    [("cpu", None, (48, 512)), ("cpu", 4096, (48, 512)), ("cpu", 100, (48, 100)), ("cuda", None, (128, 2048)), ("cuda:0", 64, (128, 64))],
+    [
+        ("cpu", None, (48, 512)),
+        ("cpu", 4096, (48, 512)),
+        ("cpu", 100, (48, 100)),
+        ("cuda", None, (128, 2048)),
+        ("cuda:0", 64, (128, 64)),
+    ],
 )
-def test_default_windows_follow_device_and_positions(device: str, positions: int | None, shape: tuple[int, int]) -> None:
+def test_default_windows_follow_device_and_positions(
+    device: str, positions: int | None, shape: tuple[int, int]
+) -> None:
     def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [0] * len(text)}
 

@@ -34,7 +34,23 @@ def test_forms_of_a_budget(given_budget: object, expected: Budget) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [None, "4.4", "", "GB", "4.4 bits", "-3GB", "1e9", "nan", "4.4bpw!", "9" * 400 + "GB", True, False, [4], {}, 4 + 0j],
+    [
+        None,
+        "4.4",
+        "",
+        "GB",
+        "4.4 bits",
+        "-3GB",
+        "1e9",
+        "nan",
+        "4.4bpw!",
+        "9" * 400 + "GB",
+        True,
+        False,
+        [4],
+        {},
+        4 + 0j,
+    ],
 )
 def test_what_is_no_budget(bad: object) -> None:
     with pytest.raises(ConfigError, match="budget") as caught:
@@ -43,7 +59,9 @@ def test_what_is_no_budget(bad: object) -> None:
     assert "4.4bpw" in str(caught.value), "the message has to say what is allowed"
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 0, 0.0, -1, 1e9, 16.01, "0MB", "17bpw", 10**400])
+@pytest.mark.parametrize(
+    "bad", [float("nan"), float("inf"), -float("inf"), 0, 0.0, -1, 1e9, 16.01, "0MB", "17bpw", 10**400]
+)
 def test_budgets_out_of_range(bad: object) -> None:
     with pytest.raises(ConfigError, match=r"budget .*(4\.4bpw|3\.9GB)"):
         Budget.parse(bad)
@@ -68,7 +86,9 @@ def test_bits_are_the_decimal_product_rounded_down(value: int, weights: int) -> 
 
 
 def test_config_normalises_and_survives_json() -> None:
-    config = CompileConfig.from_kwargs(budget="4.4bpw", overrides={"re:.*down_proj": 8, "lm_head": 16}, exclude=["a", "b"])
+    config = CompileConfig.from_kwargs(
+        budget="4.4bpw", overrides={"re:.*down_proj": 8, "lm_head": 16}, exclude=["a", "b"]
+    )
     assert config.overrides == (("re:.*down_proj", 8), ("lm_head", 16))
     assert config.exclude == ("a", "b")
     hash(config)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from families import build
 
+from families import build
 from mixcomp import evaluate as module
 from mixcomp.errors import CalibrationError, InputError
 from mixcomp.evaluate import Evaluation, default_window, evaluate, text_windows
@@ -51,18 +52,26 @@ def oracle(mine: torch.Tensor, theirs: torch.Tensor, text: torch.Tensor) -> dict
     """Means over tokens, each computed from exponentials in fp64."""
     nll = kl = top1 = reference_nll = tokens = 0.0
     for row in text.tolist():
-        for now, following in zip(row, row[1:], strict=False):
+        for now, following in pairwise(row):
             q, p = ((x := t[now].double().exp()) / x.sum() for t in (mine, theirs))
             nll -= math.log(q[following])
             reference_nll -= math.log(p[following])
             kl += sum(float(a) * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
             top1 += int(p.argmax() == q.argmax())
             tokens += 1
-    return {"nll": nll / tokens, "kl": kl / tokens, "top1": top1 / tokens, "reference_nll": reference_nll / tokens, "n": tokens}
+    return {
+        "nll": nll / tokens,
+        "kl": kl / tokens,
+        "top1": top1 / tokens,
+        "reference_nll": reference_nll / tokens,
+        "n": tokens,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("count", "length", "batch", "chunk"), [(1, 2, None, 64 << 20), (5, 11, 2, 4 * VOCABULARY * 3), (3, 4, 7, 1)])
+@pytest.mark.parametrize(
+    ("count", "length", "batch", "chunk"), [(1, 2, None, 64 << 20), (5, 11, 2, 4 * VOCABULARY * 3), (3, 4, 7, 1)]
+)
 def test_scores_equal_the_oracle(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, count: int, length: int, batch: int | None, chunk: int
 ) -> None:
@@ -159,7 +168,10 @@ def test_windows_start_at_the_start_and_drop_the_tail() -> None:
     assert torch.equal(text_windows(tokenizer, text, 23, limit=9), torch.arange(23).view(1, 23))
 
 
-@pytest.mark.parametrize(("window", "limit", "words"), [(24, None, "23 tokens, one window takes 24"), (1, None, "window 1"), (5, 0, "limit 0")])
+@pytest.mark.parametrize(
+    ("window", "limit", "words"),
+    [(24, None, "23 tokens, one window takes 24"), (1, None, "window 1"), (5, 0, "limit 0")],
+)
 def test_text_without_a_window(window: int, limit: int | None, words: str) -> None:
     with pytest.raises(InputError, match=words):
         text_windows(tokenizer, "x" * 23, window, limit)

@@ -1,0 +1,96 @@
+"""``MixedLinear``: the module that stands where a linear layer stood."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixcomp.lowering.ops import MIXED_LINEAR
+from mixcomp.packed import PackedWeight
+
+#: integers through which floating-point buffers of the format pass casts and moves unharmed
+_BITS = {2: torch.int16, 4: torch.int32}
+_NAMES = ("codes", "scales", "factors", "row_index", "branch_a", "branch_b", "branch_scale")
+
+
+class MixedLinear(nn.Module):
+    """``y = x W^T + b`` with W as stored bytes.  For inference: it has no parameters and no gradient.
+
+    Buffers are named as in ``mixcomp.format``; those the format does not have are None.  Moving the module moves them;
+    casting it (``.half()``, ``.to(dtype)``) casts the bias and nothing else, because stored numbers are not to be
+    rounded again.
+
+    Args:
+        weight: the stored weight; its tensors become the buffers.
+        bias: floating[rows] in output order, or None.
+        dtype: what ``weight.dtype`` is to say, by default that of the bias, else torch's default.  Activations of
+            any floating dtype are taken; the result has theirs.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.fmt = weight.fmt
+        self.in_features, self.out_features = weight.fmt.columns, weight.fmt.rows
+        self.dtype = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
+        self._segments = [n for s in weight.fmt.segments for n in (s.rows, s.width)]
+        stored = weight.tensors()
+        for name in _NAMES:
+            self.register_buffer(name, stored.get(name))
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x floating[..., in_features] -> [..., out_features] of x's dtype."""
+        held = self._buffers  # ten times as fast as attributes, which a Module looks up in three dicts
+        return MIXED_LINEAR(
+            x,
+            held["codes"],
+            held["scales"],
+            held["factors"],
+            held["row_index"],
+            held["branch_a"],
+            held["branch_b"],
+            held["branch_scale"],
+            held["bias"],
+            self._segments,
+            self.in_features,
+        )  # type: ignore[no-any-return]
+
+    def packed(self) -> PackedWeight:
+        """The stored weight; its tensors are the module's buffers, not copies."""
+        return PackedWeight.from_tensors(self.fmt, {name: self.get_buffer(name) for name in self.fmt.tensors()})
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Shape and dtype of the original weight on the meta device, for code that asks a layer what it computes in.
+
+        Several models of transformers do (T5 casts to ``wo.weight.dtype``, Mamba to ``lm_head.weight.dtype``).  It has no
+        numbers, so computing with it is torch's error; they come from ``packed().dequantize()``.
+        """
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+
+    def extra_repr(self) -> str:
+        widths: Counter[int] = Counter()
+        for segment in self.fmt.segments:
+            widths[segment.width] += segment.rows
+        rows = " ".join(f"{width}x{widths[width]}" for width in sorted(widths))
+        bits = self.fmt.stored_bits() / self.fmt.weights
+        order = "scatter, " if self.fmt.scatter else ""
+        return f"{self.in_features} -> {self.out_features}, {bits:.2f} bits ({rows}), {order}rank {self.fmt.rank}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MixedLinear:
+        """Move and cast as torch does, with the format's floating-point buffers disguised as integers."""
+        floats = {n: b for n, b in self._buffers.items() if n != "bias" and b is not None and b.is_floating_point()}
+        for name, buffer in floats.items():
+            self._buffers[name] = buffer.view(_BITS[buffer.itemsize])
+        try:
+            super()._apply(fn, recurse)
+            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        finally:
+            for name, buffer in floats.items():
+                moved: Any = self._buffers[name]
+                self._buffers[name] = moved.view(buffer.dtype)
+        return self
