@@ -1,7 +1,7 @@
 """Time of the linears of one decoding step on a CPU: original weights against compiled ones.
 
-Random weights in the shapes of SmolLM2-135M (30 layers, hidden 576, keys and values 192, intermediate 1536).  Prints one
-JSON object.  Every figure is the minimum over ``--repeats`` steps, because other work on the machine only ever adds.
+Random weights in the shapes of SmolLM2-135M (30 layers, hidden 576, keys and values 192, intermediate 1536).  Prints
+one JSON object.  Every figure is the minimum over ``--repeats`` steps: other work on the machine only ever adds.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from mixcomp.packed import PackedWeight, pack_codes, pack_scales
 
 HIDDEN, KEYS, INNER = 576, 192, 1536
 #: (rows, columns) of a layer's linears
-SHAPES = ((HIDDEN, HIDDEN), (KEYS, HIDDEN), (KEYS, HIDDEN), (HIDDEN, HIDDEN), (INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+SHAPES = ((HIDDEN, HIDDEN),) * 2 + ((KEYS, HIDDEN),) * 2 + ((INNER, HIDDEN),) * 2 + ((HIDDEN, INNER),)
 #: width -> share of the rows
 MIX = {3: 0.25, 4: 0.5, 5: 0.25}
 
@@ -41,7 +41,7 @@ def random_site(rows: int, columns: int, draw: torch.Generator) -> MixedLinear:
     return MixedLinear(PackedWeight.from_tensors(fmt, tensors))
 
 
-def step_ms(modules: Sequence[Callable[[torch.Tensor], torch.Tensor]], inputs: Sequence[torch.Tensor], repeats: int) -> float:
+def step_ms(modules: Sequence[nn.Module], inputs: Sequence[torch.Tensor], repeats: int) -> float:
     """Fewest milliseconds that one pass through all modules took."""
     best = float("inf")
     for _ in range(repeats + 1):
@@ -65,9 +65,9 @@ def measure(layers: int, tokens: int, repeats: int) -> dict[str, float]:
         compiled = [random_site(rows, columns, draw) for rows, columns in shapes]
         out[f"compiled_{name}_ms"] = step_ms(compiled, inputs, repeats)
     weights = sum(rows * columns for rows, columns in shapes)
-    tables = [t for m in compiled for t in table_form(m.packed()).tables]
+    forms = [table_form(module.packed()) for module in compiled]
     out["stored_bits_per_weight"] = sum(m.fmt.stored_bits() for m in compiled) / weights
-    out["table_bits_per_weight"] = 8 * sum(t.data.nbytes + t.scale.nbytes for t in tables) / weights
+    out["table_bits_per_weight"] = 8 * sum(form.table.nbytes + form.scale.nbytes for form in forms) / weights
     return {key: round(value, 3) for key, value in out.items()}
 
 
@@ -81,8 +81,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with torch.inference_mode():
         result = measure(options.layers, options.tokens, options.repeats)
-    setting = {"torch": torch.__version__, "threads": options.threads, "layers": options.layers, "tokens": options.tokens}
-    print(json.dumps({**setting, **result}, indent=1))
+    print(json.dumps({"torch": torch.__version__, **vars(options), **result}, indent=1))
 
 
 if __name__ == "__main__":

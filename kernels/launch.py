@@ -67,14 +67,16 @@ def mixed_linear(
     aligned = fmt.columns % COLUMN_UNIT.value == 0 and x_token % TOKEN_UNIT.value == 0 and x_column == 1
     table = tables(fmt, x2d.device)[tile.rows]
     token_tiles = -(-tokens // tile.tokens)
+    # what a site lacks is a flag and any pointer of the usual type, not another kernel to compile
+    index = factors.view(torch.int16) if row_index is None else row_index
     with torch.cuda.device_of(x2d):
-        projected = None
-        if fmt.rank:
-            projected = project(x2d, branch_b, branch_scale, fmt)
+        projected = project(x2d, branch_b, branch_scale, fmt) if fmt.rank else None
         mixed_linear_kernel[(table.shape[0] * token_tiles,)](
-            x2d, codes.view(torch.int32), scales, factors, row_index, branch_a, projected, bias, out, table,
+            x2d, codes.view(torch.int32), scales, factors, index, branch_a, projected,
+            out if bias is None else bias, out, table,
             tokens, fmt.columns // COLUMN_UNIT.value if aligned else fmt.columns, fmt.rank,
             x_token // TOKEN_UNIT.value if aligned else x_token, x_column, fmt.rows, token_tiles,
+            int(row_index is not None), int(bias is not None),
             WIDTHS=tiles.width_mask(fmt), ALIGNED=aligned, ROWS=tile.rows, TOKENS=tile.tokens, COLUMNS=tile.columns,
             STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip

@@ -186,18 +186,23 @@ def side_sums(
     return sums
 
 
-@triton.jit(do_not_specialize=["tokens", "columns", "rank", "x_token", "x_column", "out_token", "token_tiles"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "columns", "rank", "x_token", "x_column", "out_token", "token_tiles", "scatter", "biased"
+    ]
+)  # fmt: skip
 def mixed_linear_kernel(
     x, words, scales, factors, row_index, branch_a, projected, bias, out, table,
-    tokens, columns, rank, x_token, x_column, out_token, token_tiles,
+    tokens, columns, rank, x_token, x_column, out_token, token_tiles, scatter, biased,
     WIDTHS: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[token, row_index[row]] = x @ weight.T + bias for one tile of rows and one of tokens.
 
     x fp16|bf16|fp32[tokens, columns] of strides ``x_token, x_column``; words int32; scales uint8; factors fp16[rows];
-    row_index int16|int32[rows] or None; branch_a int8[rows, rank] and projected fp32[tokens, rank] (``project_kernel``)
-    or None; bias of any float type in output order or None; out[tokens, rows] of x's type; table int32[tiles, 5].
+    row_index int16|int32[rows], used where ``scatter``; bias of any float type in output order, used where ``biased``;
+    branch_a int8[rows, rank] and projected fp32[tokens, rank] (``project_kernel``) or None; out[tokens, rows] of x's
+    type; table int32[tiles, 5].
     WIDTHS has bit ``w`` set where width ``w`` may occur.  ALIGNED: ``columns`` and ``x_token`` count in COLUMN_UNIT
     and TOKEN_UNIT and x's columns are contiguous.  TOKENS == 1 is the path without tensor cores.
     """
@@ -239,11 +244,8 @@ def mixed_linear_kernel(
     result = sums * tl.load(factors + row).to(tl.float32)[:, None]
     if branch_a is not None:
         result += side_sums(branch_a, projected, row, row_keep, token, token_keep, rank, ROWS, TOKENS)
-    feature = row
-    if row_index is not None:
-        feature = tl.load(row_index + row).to(tl.int32)
-    if bias is not None:
-        result += tl.load(bias + feature).to(tl.float32)[:, None]
+    feature = tl.where(scatter != 0, tl.load(row_index + row).to(tl.int32), row)
+    result += tl.load(bias + feature, mask=tl.arange(0, ROWS) < ROWS * biased, other=0).to(tl.float32)[:, None]
     target = offsets(token, out_token)[None, :] + feature[:, None]
     tl.store(out + target, result.to(out.dtype.element_ty), mask=row_keep & (token < tokens)[None, :])
 

@@ -19,12 +19,12 @@ error of 2 n terms as large as those of the site's widest row.
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mixcomp.format import GROUP
 from mixcomp.packed import levels, unpack_codes, unpack_scales
@@ -48,7 +48,7 @@ class TableForm:
     scale: torch.Tensor  # fp32[groups, rows]: factor * m
     branch: tuple[torch.Tensor, torch.Tensor] | None  # fp32[columns, rank], fp32[rank, rows], the scale in the second
     made_from: tuple[torch.Tensor | None, ...]
-    versions: tuple[int, ...]
+    versions: list[int]
 
     def bags(self, indices: torch.Tensor, offsets: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
         """fp32[bags, rows]: sums of ``x[i] * level[indices[i]]`` over the runs of i that start at ``offsets``."""
@@ -86,37 +86,40 @@ def by_gemm(x: torch.Tensor, form: TableForm, bias: torch.Tensor | None) -> torc
     return form.finish(numbers @ form.expand(x.shape[1]), numbers, bias, x.dtype)
 
 
-_forms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+#: id of a site's ``codes`` -> (the tensor, weakly; its form).  A dict of weak tensor keys takes four times as long.
+_forms: dict[int, tuple[weakref.ref[torch.Tensor], TableForm]] = {}
 _making = threading.Lock()
 
 
 def table_form(weight: PackedWeight) -> TableForm:
     """The form of a site, made on first use; safe to call from several threads."""
-    form = _forms.get(weight.codes)
-    if form is not None and _current(form, weight):
-        return form  # type: ignore[no-any-return]
-    with _making:
-        form = _forms.get(weight.codes)
-        if form is None or not _current(form, weight):
-            form = make_form(weight)
-            _forms[weight.codes] = form
-    return form  # type: ignore[no-any-return]
+    form = _find(weight)
+    if form is None:
+        with _making:
+            form = _find(weight) or make_form(weight)
+            key = id(weight.codes)
+            _forms[key] = weakref.ref(weight.codes, lambda _: _forms.pop(key, None)), form
+    return form
 
 
-def _current(form: TableForm, weight: PackedWeight) -> bool:
+def _find(weight: PackedWeight) -> TableForm | None:
+    """The form at hand, unless a stored tensor is another or was written to since."""
+    codes, form = _forms.get(id(weight.codes), (None, None))
+    if codes is None or form is None or codes() is not weight.codes or form.versions != _versions(weight):
+        return None
     same = all(old is new for old, new in zip(form.made_from, _parts(weight), strict=True))
-    return same and form.versions == _versions(weight)
+    return form if same else None
 
 
 def _parts(w: PackedWeight) -> tuple[torch.Tensor | None, ...]:
-    """Everything but ``codes``, the weak key: held by the form, it would never be freed."""
+    """Everything but ``codes``, which a form must not keep alive."""
     return w.scales, w.factors, w.row_index, w.branch_a, w.branch_b, w.branch_scale
 
 
-def _versions(weight: PackedWeight) -> tuple[int, ...]:
-    """Counters of writes in place; inference tensors keep none."""
+def _versions(weight: PackedWeight) -> list[int]:
+    """Counters of writes in place; inference tensors have none."""
     parts = (weight.codes, *_parts(weight))
-    return tuple([p._version for p in parts if p is not None and not p.is_inference()])
+    return [p._version for p in parts if p is not None and not p.is_inference()]
 
 
 @torch.no_grad()

@@ -79,7 +79,9 @@ def _run(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> to
 
 def _check(x: torch.Tensor, codes: torch.Tensor, columns: int) -> None:
     if x.dim() == 0 or x.shape[-1] != columns:
-        raise ConfigError(f"mixed_linear: x is {list(x.shape)}, its last dimension must be {columns}, the weight's columns")
+        raise ConfigError(
+            f"mixed_linear: x is {list(x.shape)}, its last dimension must be {columns}, the weight's columns"
+        )
     if not x.dtype.is_floating_point:
         raise ConfigError(f"mixed_linear: x is {x.dtype}; give floating-point activations")
     if x.device != codes.device:
@@ -106,7 +108,8 @@ class _Inference(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         ctx.shape, ctx.inputs = x.shape, 1 + len(rest)
         with torch._C._AutoDispatchBelowAutograd():
-            return MIXED_LINEAR(x, *rest)
+            out: torch.Tensor = MIXED_LINEAR(x, *rest)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -117,7 +120,8 @@ def _autograd(*args: Any) -> torch.Tensor:
     if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
         return _Inference.apply(*args)  # type: ignore[no-untyped-call, no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
-        return MIXED_LINEAR(*args)
+        out: torch.Tensor = MIXED_LINEAR(*args)
+    return out
 
 
 def _no_gradient(grad: torch.Tensor, shape: list[int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The meaning of a compiled linear in plain torch: dequantize, multiply, add.  Every other path is tested against it."""
+"""The meaning of a compiled linear in plain torch: dequantize, multiply, add.  What other paths are tested against."""
 
 from __future__ import annotations
 

@@ -60,10 +60,12 @@ def _decide(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int) 
 
 @lru_cache(maxsize=1)
 def triton_installed() -> bool:
+    """Whether triton can be imported; it is not imported here."""
     return find_spec("triton") is not None
 
 
 @lru_cache(maxsize=1)
 def bags_available() -> bool:
+    """Whether torch has the operators that ``cpu`` is built on."""
     ops = torch.ops.quantized
     return hasattr(ops, "embedding_bag_4bit_rowwise_offsets") and hasattr(ops, "embedding_bag_byte_rowwise_offsets")

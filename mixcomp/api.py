@@ -86,21 +86,22 @@ def compile(  # noqa: A001 - the verb users know from torch.compile
     with clock.stage("capture"):
         target = _copy(model) if copy else model
         program = _captured(target, config)
+    device = program.weight(program.open_sites()[0]).device
     fixed = _fixed(program, config)
     _check_budget(program, config, fixed)
     with clock.stage("calibration"):
         text = resolve(
             calibration, tokenizer=tokenizer, model=target, samples=config.samples, length=config.length,
-            seed=config.seed, device=_device(program),
+            seed=config.seed, device=device,
         )  # fmt: skip
-    context = Context(_device(program), text.batches, config.seed, clock.progress)
+    context = Context(device, text.batches, config.seed, clock.progress)
     for step in _passes(config, fixed):
         with clock.stage(step.name):
             program = manager.run(program, (step,), context)
     with clock.stage("write back"):
         plan = record(program, config.to_json(), text.source)
         write_back(program, target)
-    target.mixcomp = Compiled(plan, _report(program, text, clock))  # type: ignore[assignment]
+    target.mixcomp = Compiled(plan, _report(device, text, clock))  # type: ignore[assignment]
     return target
 
 
@@ -144,10 +145,6 @@ def _check_budget(program: Program, config: CompileConfig, fixed: Mapping[str, i
     bounds.require(config.budget.bits(bounds.weights), str(config.budget))
 
 
-def _device(program: Program) -> torch.device:
-    return program.weight(program.open_sites()[0]).device
-
-
 class _Clock:
     """Seconds and peak memory of every stage."""
 
@@ -182,11 +179,11 @@ def peak_memory() -> dict[str, int]:
     return out
 
 
-def _report(program: Program, text: Calibration, clock: _Clock) -> dict[str, Any]:
+def _report(device: torch.device, text: Calibration, clock: _Clock) -> dict[str, Any]:
     return {
         "stages": clock.stages,
         "seconds": round(sum(s["seconds"] for s in clock.stages), 3),
         "calibration": {"source": text.source, "tokens": text.tokens},
-        "device": str(_device(program)) if program.open_sites() else "none",
+        "device": str(device),
     }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -169,10 +171,12 @@ def _export(tokens: _Tokens, example: torch.Tensor) -> fx.GraphModule:
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {"input_ids": {0: dynamic, 1: dynamic}}
     try:
-        program = torch.export.export(tokens, (example,), dynamic_shapes=shapes, strict=False)
-        if any(n.op == "call_function" and _writes(n) for n in program.graph.nodes):
-            program = program.run_decompositions({})  # traces once more, with writes in place made functional
-        return program.module(check_guards=False)
+        with redirect_stderr(StringIO()), warnings.catch_warnings():  # a failing trace prints all of its graph
+            warnings.simplefilter("ignore")
+            program = torch.export.export(tokens, (example,), dynamic_shapes=shapes, strict=False)
+            if any(n.op == "call_function" and _writes(n) for n in program.graph.nodes):
+                program = program.run_decompositions({})  # traces once more, with writes in place made functional
+            return program.module(check_guards=False)
     except Exception as error:  # tracing runs the user's code, which may raise anything
         name = type(tokens.get_submodule(_INNER)).__name__
         raise CaptureError(f"{name} cannot be traced: {_reason(error)}{_source_line(error.__traceback__)}") from error
@@ -239,5 +243,11 @@ def _difference(wanted: Any, got: Any) -> float:
     left, right = ([t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)] for out in (wanted, got))
     if [t.shape for t in left] != [t.shape for t in right]:
         return float("inf")
-    pairs = ((a.double(), b.double()) for a, b in zip(left, right, strict=True))
-    return max((float((a - b).norm() / a.norm().clamp_min(1e-30)) for a, b in pairs), default=0.0)
+    return max((_distance(a.double(), b.double()) for a, b in zip(left, right, strict=True)), default=0.0)
+
+
+def _distance(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    """Infinite and undefined elements (masked logits) have to agree, and count as no difference then."""
+    same = (wanted == got) | (wanted.isnan() & got.isnan())
+    scale = wanted[wanted.isfinite()].norm().clamp_min(1e-30)
+    return float(torch.where(same, 0.0, wanted - got).norm() / scale)

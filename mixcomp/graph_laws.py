@@ -195,16 +195,18 @@ def aliases_shared(case: Case) -> Findings:
 
 
 def parameters_kept(case: Case) -> Findings:
-    """I08: each parameter is untouched, or consumed by exactly one compiled site."""
+    """I08: each parameter is untouched, or consumed by exactly one site that is lowered."""
     before = case.before_pass()
-    compiled = {s.name for s in case.program.sites if s.format is not None}
+    lowered = {n.meta.get(META) for n in case.linears() if is_mixed(n)}
     for path, old in before.parameters.items():
-        if path not in case.held:
-            takers = [r for r in before.readers.get(path, ()) if r in compiled]
-            if len(takers) != 1:
-                yield f"parameter {path} is gone; {len(takers)} compiled sites took it instead of one", None
+        tensor = case.held.get(path)
+        takers = [r for r in before.readers.get(path, ()) if r in lowered]
+        if len(takers) == 1 and (tensor is None or tensor.data_ptr() != old.address):
             continue
-        now = type(old).of(case.held[path], whole=old.digest is not None)
+        if tensor is None:
+            yield f"parameter {path} is gone; {len(takers)} lowered sites took it instead of one", None
+            continue
+        now = type(old).of(tensor, whole=old.digest is not None)
         if now != old:
             changed = [f for f in old.__slots__ if getattr(old, f) != getattr(now, f)]
             yield f"parameter {path} was changed: {', '.join(changed)} differ from before the pass", None

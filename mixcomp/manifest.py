@@ -247,8 +247,8 @@ def _fields(where: str, data: object, layout: Mapping[str, type | tuple[type, ..
     missing, unknown = sorted(layout.keys() - data.keys()), sorted(data.keys() - layout.keys())
     if missing or unknown:
         raise ArtifactError(
-            f"{MANIFEST}: {where} has unknown fields {unknown[:5]} and lacks {missing[:5]}; read it with the release that "
-            "wrote it, or save the model again"
+            f"{MANIFEST}: {where} has unknown fields {unknown[:5]} and lacks {missing[:5]}; "
+            "read it with the release that wrote it, or save the model again"
         )
     for name, kinds in layout.items():
         if type(data[name]) not in (kinds if isinstance(kinds, tuple) else (kinds,)):

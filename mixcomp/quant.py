@@ -172,9 +172,11 @@ def fit_mixed(weight: torch.Tensor, energy: torch.Tensor, widths: torch.Tensor, 
     return Grid(factors, scales, widths)
 
 
-def round_column(x: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """Nearest codes of one column: x, step, offset, top fp32[rows] -> codes fp32[rows] in 0..top."""
-    return torch.minimum((x / step).add_(offset).round_().clamp_(min=0), top)
+def round_column(
+    x: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, low: torch.Tensor, top: torch.Tensor
+) -> torch.Tensor:
+    """Nearest codes of one column: all fp32[..., rows] -> codes fp32[..., rows] in low..top."""
+    return torch.addcdiv(offset, x, step).round_().clamp_(low, top)
 
 
 def round_nearest(weight: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,46 +65,56 @@ def feedback(sigma: torch.Tensor, name: str) -> Feedback:
 
 
 def _group_order(energy: torch.Tensor) -> torch.Tensor:
-    """Whole groups of 32 columns by falling energy; columns inside a group keep their order."""
-    columns = len(energy)
-    padded = torch.nn.functional.pad(energy, (0, -columns % GROUP)).view(-1, GROUP)
-    groups = torch.argsort(padded.double().sum(-1), descending=True, stable=True)
+    """Whole groups of 32 columns by falling energy, a short last group at the end; inside a group nothing moves."""
+    full = len(energy) // GROUP * GROUP
+    groups = torch.argsort(energy[:full].view(-1, GROUP).double().sum(-1), descending=True, stable=True)
     order = (groups[:, None] * GROUP + torch.arange(GROUP, device=energy.device)).flatten()
-    return order[order < columns]
+    return torch.cat((order, torch.arange(full, len(energy), device=energy.device)))
 
 
-def gptq(weight: torch.Tensor, grid: Grid, known: Feedback) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round all rows with error feedback.  Rows are independent of each other.
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One matrix to round: weight fp32[rows, columns], the stored scales of its rows, and what is known of its inputs."""
 
-    Args:
-        weight: fp32[rows, columns].
-        grid: stored scales of the rows (widths may differ from row to row).
-        known: ``feedback`` of the inputs.
+    weight: torch.Tensor
+    grid: Grid
+    known: Feedback
+
+
+def gptq(tasks: Sequence[Task]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Round matrices of one shape side by side: a GPU is kept busy by many layers, not by one column of one layer.
+
+    Rows are independent of each other (their widths may differ), and so are the tasks.
 
     Returns:
-        codes uint8[rows, columns] and loss fp32[rows] = (w - q) H (w - q)^T with the damped H.
+        Per task codes uint8[rows, columns] and loss fp32[rows] = (w - q) H (w - q)^T with the damped H.
     """
-    rows, columns = weight.shape
-    left = weight.T[known.order].contiguous()  # [columns, rows]: a column of the weight is contiguous
-    steps = grid.steps().T.contiguous()  # [groups, rows]
-    offset, top = grid.offsets(), grid.top()
-    group_of = (known.order // GROUP).tolist()
-    pivots = known.factor.diagonal().tolist()
-    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-    loss = torch.zeros(rows, device=weight.device)
+    left = torch.stack([t.weight.T[t.known.order] for t in tasks])  # [tasks, columns, rows]
+    factor = torch.stack([t.known.factor for t in tasks])
+    steps = torch.stack([t.grid.steps()[:, t.known.order[::GROUP] // GROUP].T for t in tasks])  # [tasks, groups, rows]
+    offset = torch.stack([t.grid.offsets() for t in tasks])
+    top = torch.stack([t.grid.top() for t in tasks])
+    columns, zero = left.shape[1], torch.zeros_like(top)
+    codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
+    loss = torch.zeros_like(top)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        errors = torch.empty(stop - start, rows, device=weight.device)
-        for j in range(start, stop):
-            step = steps[group_of[j]]
-            code = round_column(left[j], step, offset, top)
-            codes[j] = code.to(torch.uint8)
-            error = torch.div(left[j] - code.sub_(offset).mul_(step), pivots[j], out=errors[j - start])
-            if j + 1 < stop:
-                left[j + 1 : stop].addr_(known.factor[j, j + 1 : stop], error, alpha=-1)
-        loss += errors.square().sum(0)
-        if stop < columns:
-            left[stop:].addmm_(known.factor[start:stop, stop:].T, errors, alpha=-1)
+        block, errors = left[:, start:stop], torch.empty_like(left[:, start:stop])
+        inside = factor[:, start:stop, start:stop]
+        for j in range(stop - start):
+            step = steps[:, (start + j) // GROUP]
+            code = round_column(block[:, j], step, offset, zero, top)
+            torch.sub(block[:, j], (code - offset).mul_(step), out=errors[:, j]).div_(inside[:, j, j, None])
+            block[:, j] = code
+            block[:, j + 1 :].addcmul_(inside[:, j, j + 1 :, None], errors[:, j, None], value=-1)
+        codes[:, start:stop] = block
+        loss += errors.square().sum(1)
+        left[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
+    return [(_restore(own, t.known.order), lost) for own, lost, t in zip(codes, loss, tasks, strict=True)]
+
+
+def _restore(codes: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Codes uint8[columns in rounding order, rows] -> uint8[rows, columns]."""
     out = torch.empty_like(codes)
-    out[known.order] = codes
-    return out.T.contiguous(), loss
+    out[order] = codes
+    return out.T.contiguous()

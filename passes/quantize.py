@@ -9,8 +9,8 @@ import torch
 
 from mixcomp.format import SiteFormat, runs
 from mixcomp.packed import pack_codes, pack_scales
-from mixcomp.passes.gptq import feedback, gptq
-from mixcomp.passes.stacks import inputs, stack
+from mixcomp.passes.gptq import Task, feedback, gptq
+from mixcomp.passes.stacks import Stack, batches, inputs, stack
 from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass, Semantics
 from mixcomp.quant import Grid, concatenate, fit_mixed
@@ -37,21 +37,28 @@ class QuantizeWeights(Pass):
     def run(self, program: Program, context: Context) -> Program:
         tensors: dict[str, torch.Tensor] = {}
         sites: dict[str, Site] = {}
-        by_input = inputs(program)
-        for done, (name, group) in enumerate(by_input.items()):
-            context.progress("quantize", done, len(by_input))
-            rows = stack(program, name, group, context.device)
-            known = feedback(rows.sigma, group[0].name)
-            energy = rows.sigma.diagonal()
-            grids = [
-                fit_mixed(w, energy, program.tensor(s.name, "widths").to(context.device), s.name)
-                for s, w in rows.split(rows.weight)
-            ]
-            codes, _ = gptq(rows.weight, concatenate(grids), known)
-            for (site, part), own in zip(rows.split(codes), grids, strict=True):
-                sites[site.name], stored = _pack(program, site, part, own)
-                tensors.update({f"{site.name}/{key}": value for key, value in stored.items()})
+        done, total = 0, len(inputs(program))
+        for batch in batches(program, context.device, 1):
+            context.progress("quantize", done, total)
+            done += len(batch)
+            stacks = [stack(program, *one, context.device) for one in batch]
+            grids = [[_fit(program, site, w, rows) for site, w in rows.split(rows.weight)] for rows in stacks]
+            rounded = gptq(
+                [
+                    Task(rows.weight, concatenate(own), feedback(rows.sigma, rows.sites[0].name))
+                    for rows, own in zip(stacks, grids, strict=True)
+                ]
+            )
+            for rows, own, (codes, _) in zip(stacks, grids, rounded, strict=True):
+                for (site, part), grid in zip(rows.split(codes), own, strict=True):
+                    sites[site.name], stored = _pack(program, site, part, grid)
+                    tensors.update({f"{site.name}/{key}": value for key, value in stored.items()})
         return program.with_sites(sites).with_tensors(tensors)
+
+
+def _fit(program: Program, site: Site, weight: torch.Tensor, rows: Stack) -> Grid:
+    widths = program.tensor(site.name, "widths").to(weight.device)
+    return fit_mixed(weight, rows.sigma.diagonal(), widths, site.name)
 
 
 def _pack(program: Program, site: Site, codes: torch.Tensor, grid: Grid) -> tuple[Site, dict[str, torch.Tensor]]:

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from mixcomp.format import WIDTHS
-from mixcomp.passes.gptq import feedback, gptq
+from mixcomp.passes.gptq import Task, feedback, gptq
 from mixcomp.passes.side_branch import MAX_DIRECTIONS, error_spectrum
-from mixcomp.passes.stacks import Stack, inputs, stack
+from mixcomp.passes.stacks import Stack, batches, inputs, stack
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass
 from mixcomp.quant import Grid, concatenate, dequantize, fit_grid
@@ -39,22 +39,28 @@ class AnnotateSalience(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         found: dict[str, torch.Tensor] = {}
-        by_input = inputs(program)
-        for done, (name, sites) in enumerate(by_input.items()):
-            context.progress("salience", done, len(by_input))
-            found.update(_price(program, stack(program, name, sites, context.device), context))
+        done, total = 0, len(inputs(program))
+        for batch in batches(program, context.device, len(WIDTHS)):
+            context.progress("salience", done, total)
+            found.update(_price(program, [stack(program, *one, context.device) for one in batch], context))
+            done += len(batch)
         return program.with_tensors(found)
 
 
-def _price(program: Program, rows: Stack, context: Context) -> dict[str, torch.Tensor]:
-    grids = [_fit(rows, width) for width in WIDTHS]
-    # the six runs are one run over six copies of the rows: a GPU sees wide columns instead of many small launches
-    codes, loss = gptq(rows.weight.repeat(len(WIDTHS), 1), concatenate(grids), feedback(rows.sigma, rows.sites[0].name))
-    losses = loss.view(len(WIDTHS), -1).T.contiguous()  # [rows, widths]
-    out = _spectra(program, rows, codes.chunk(len(WIDTHS))[_SPECTRUM], grids[_SPECTRUM], context)
-    for site, part in rows.split(losses):
-        gamma = program.tensor(site.name, "gamma").to(context.device)
-        out[f"{site.name}/salience"] = part * gamma[:, None] / 2
+def _price(program: Program, stacks: list[Stack], context: Context) -> dict[str, torch.Tensor]:
+    """The six runs are one run over six copies of the rows."""
+    grids = [[_fit(rows, width) for width in WIDTHS] for rows in stacks]
+    tasks = [
+        Task(rows.weight.repeat(len(WIDTHS), 1), concatenate(own), feedback(rows.sigma, rows.sites[0].name))
+        for rows, own in zip(stacks, grids, strict=True)
+    ]
+    out: dict[str, torch.Tensor] = {}
+    for rows, own, (codes, loss) in zip(stacks, grids, gptq(tasks), strict=True):
+        out.update(_spectra(program, rows, codes.chunk(len(WIDTHS))[_SPECTRUM], own[_SPECTRUM], context))
+        losses = loss.view(len(WIDTHS), -1).T.contiguous()  # [rows, widths]
+        for site, part in rows.split(losses):
+            gamma = program.tensor(site.name, "gamma").to(context.device)
+            out[f"{site.name}/salience"] = part * gamma[:, None] / 2
     return out
 
 

@@ -22,11 +22,12 @@ class Stack:
         return list(zip(self.sites, rows.split([s.rows for s in self.sites]), strict=True))
 
 
-def inputs(program: Program) -> dict[str, tuple[Site, ...]]:
-    """Open sites by the activation they read, in graph order.
+#: bytes of fp32 weights that are worked on side by side: a GPU wants many, a core's cache few
+BATCH_BYTES = {"cpu": 1, "cuda": 1 << 30}
 
-    Sites whose columns were permuted by an absorption stand under their own order and are never mixed with others.
-    """
+
+def inputs(program: Program) -> dict[str, tuple[Site, ...]]:
+    """Open sites by the activation they read, in graph order."""
     out: dict[str, list[Site]] = {}
     for site in program.open_sites():
         out.setdefault(site.input, []).append(site)
@@ -42,3 +43,16 @@ def stack(program: Program, name: str, sites: tuple[Site, ...], device: torch.de
         order = order.to(device)
         weight, sigma = weight[:, order], sigma[order][:, order]
     return Stack(sites, weight, sigma)
+
+
+def batches(program: Program, device: torch.device, copies: int) -> list[list[tuple[str, tuple[Site, ...]]]]:
+    """Inputs whose stacks have one shape, as many together as ``BATCH_BYTES`` allows for ``copies`` of their weights."""
+    waiting: dict[tuple[int, int], list[tuple[str, tuple[Site, ...]]]] = {}
+    out = []
+    for name, sites in inputs(program).items():
+        rows, columns = sum(s.rows for s in sites), sites[0].columns
+        batch = waiting.setdefault((rows, columns), [])
+        batch.append((name, sites))
+        if (len(batch) + 1) * rows * columns * copies * 4 > BATCH_BYTES[device.type]:
+            out.append(waiting.pop((rows, columns)))
+    return out + list(waiting.values())

@@ -14,9 +14,7 @@ DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 sizes = st.sampled_from(SIZES)
 seeds = st.integers(0, 2**16)
 
-layers = st.builds(
-    Layer, kind=st.sampled_from(Kind), size=sizes, bias=st.booleans(), dtype=st.sampled_from(DTYPES)
-)
+layers = st.builds(Layer, kind=st.sampled_from(Kind), size=sizes, bias=st.booleans(), dtype=st.sampled_from(DTYPES))
 
 
 @st.composite
@@ -33,7 +31,9 @@ def blueprints(draw: st.DrawFn, max_layers: int = 3) -> Blueprint:
 
 
 @st.composite
-def nasty_weights(draw: st.DrawFn, rows: st.SearchStrategy[int] = sizes, columns: st.SearchStrategy[int] = sizes) -> torch.Tensor:
+def nasty_weights(
+    draw: st.DrawFn, rows: st.SearchStrategy[int] = sizes, columns: st.SearchStrategy[int] = sizes
+) -> torch.Tensor:
     """fp32[rows, columns]: zeros, constants, subnormals, outliers, equal rows and other finite troublemakers."""
     generator = torch.Generator().manual_seed(draw(seeds))
     weight = torch.randn(draw(rows), draw(columns), generator=generator)

@@ -319,8 +319,8 @@ def test_a_full_disk_at_any_write_leaves_the_old_version(
     assert files_written >= 6
     assert calls == files_written + 2  # new folder, its parent
     shutil.rmtree(folder.parent / "count")
-    for fatal in range(1, files_written + 3):
-        calls = 0
+    for number in range(1, files_written + 3):
+        calls, fatal = 0, number
         with pytest.raises(StorageError, match="No space left on device"):
             save(models["gpt2"], folder)
         assert content(folder) == before
@@ -470,7 +470,8 @@ def test_swapped_shards_are_found(folder: Path) -> None:
     refused(folder, "mixcomp-0000")
 
 
-def test_a_shard_from_another_save_is_found(folder: Path, tmp_path: Path) -> None:
+def test_a_shard_from_another_save_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact, "SHARD_BYTES", 20_000)
     model = BUILDERS["llama-tied"]()
     with torch.no_grad():
         model.model.norm.weight[0] += 1

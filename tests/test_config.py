@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mixcomp.config import Budget, CompileConfig
@@ -78,6 +78,7 @@ def test_budget_fields(field: str, value: object) -> None:
         Budget(4.4, **{field: value})
 
 
+@example(43500, 100)
 @given(st.integers(1, 16 * 10**4), st.integers(0, 10**12))
 def test_bits_are_the_decimal_product_rounded_down(value: int, weights: int) -> None:
     exact = Fraction(value, 10**4)

@@ -155,6 +155,9 @@ FIXED: dict[str, Between] = {
     "heads turned": lambda c, x: merged(
         c, c.call(aten.permute.default, c.call(aten.view.default, x, [2, 5, 3, 4]), [0, 1, 3, 2])
     ),
+    "groups of heads turned": lambda c, x: merged(
+        c, c.call(aten.permute.default, c.call(aten.view.default, x, [2, 5, 2, 2, 3]), [0, 1, 3, 2, 4])
+    ),
     "itself, turned": lambda c, x: c.call(
         aten.add.Tensor,
         x,

@@ -59,7 +59,9 @@ def test_every_linear_has_one_line_and_no_address_shows() -> None:
 
 def test_clone_prints_the_same() -> None:
     program = decisions.decided()
-    assert render(program.clone(), Digests.WHOLE) == render(program, Digests.WHOLE) == render(own(program), Digests.WHOLE)
+    assert (
+        render(program.clone(), Digests.WHOLE) == render(program, Digests.WHOLE) == render(own(program), Digests.WHOLE)
+    )
 
 
 #: they change what the text deliberately leaves out

@@ -53,7 +53,7 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def small_release(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A GGUF file of a tiny tied Llama, linears at Q4_1, and the model it stands for."""
-    model: Any = build("llama-tied", vocab_size=40)
+    model: Any = build("llama-tied", vocab_size=41)
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
@@ -65,10 +65,10 @@ def small_release(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
     letters = [chr(ord("a") + i) for i in range(26)]
-    tokens = ["<s>", "</s>", *letters, "Ġ", *"0123456789", "ab"]
+    tokens = ["<s>", "</s>", *letters, "Ġ", *"0123456789", "ab", "42"]
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "4 2"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(1)
@@ -95,7 +95,7 @@ def test_the_folder_computes_what_the_file_says(small_release: tuple[Path, Any],
     path, model = small_release
     release.convert(path, tmp_path / "hf", torch.float32)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
-    ids = torch.randint(40, (2, 12), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(41, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
     tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight

@@ -1,0 +1,576 @@
+"""Capture against its oracle, the user's own module: same outputs, right sites, nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import build
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from mixcomp import verify
+from mixcomp.capture import capture, capture_dynamo
+from mixcomp.errors import CaptureError, ConfigError, InputError, MixCompError, WeightError
+from mixcomp.ops import LINEAR
+from mixcomp.patterns import match, matches
+from mixcomp.program import META, Program, Site
+
+#: family -> (linears in all, of which the parameter is transposed)
+REPRESENTATIVE = {"llama-tied": (8, 0), "gpt2": (9, 8), "falcon": (5, 0)}
+
+
+class Net(nn.Module):
+    """Embedding of 32 tokens, then layers one after the other."""
+
+    def __init__(self, *layers: nn.Module, width: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, width)
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@cache
+def captured(family: str) -> tuple[nn.Module, Program]:
+    model = build(family, **({} if family == "gpt2" else {"num_hidden_layers": 1}))
+    return model, capture(model)
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 32, shape, generator=torch.Generator().manual_seed(1))
+
+
+def run(program: Program, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        out = program.graph_module(tokens)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+# ---- transformers models
+
+
+@pytest.mark.parametrize("family", REPRESENTATIVE)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 7), (2, 33)], ids=str)
+def test_graph_computes_what_the_model_computes(family: str, shape: tuple[int, int]) -> None:
+    model, program = captured(family)
+    with torch.no_grad():
+        wanted = model(ids(*shape)).logits
+    torch.testing.assert_close(run(program, ids(*shape)), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", REPRESENTATIVE)
+def test_sites_are_the_linear_modules(family: str) -> None:
+    model, program = captured(family)
+    modules = {n: m for n, m in model.named_modules() if hasattr(m, "weight") and m.weight.dim() == 2}
+    modules = {n: m for n, m in modules.items() if not isinstance(m, nn.Embedding)}
+    count, transposed = REPRESENTATIVE[family]
+    assert {s.name for s in program.sites} == set(modules)
+    assert len(program.sites) == count
+    assert sum(s.weight.transposed for s in program.sites) == transposed
+    for site in program.sites:
+        weight, bias = modules[site.name].weight, getattr(modules[site.name], "bias", None)
+        assert (site.rows, site.columns) == tuple(weight.T.shape if site.weight.transposed else weight.shape)
+        assert site.bias == (None if bias is None else f"{site.name}.bias")
+        assert model.get_parameter(site.weight.key) is weight
+        assert site.open == (site.name != "lm_head")
+
+
+@pytest.mark.parametrize("family", REPRESENTATIVE)
+def test_program_obeys_the_laws_and_shares_parameters(family: str) -> None:
+    model, program = captured(family)
+    verify.check(program, level=2)
+    own = {id(p) for p in model.parameters()}
+    copy = program.clone()
+    verify.check(copy, before=program)
+    for one in (program, copy):
+        assert {id(p) for p in one.graph_module.parameters()} == own
+        for site in one.open_sites():
+            weight = model.get_parameter(site.weight.key)
+            assert one.weight(site).data_ptr() == weight.data_ptr()
+            assert torch.equal(one.weight(site), weight.T if site.weight.transposed else weight)
+
+
+def test_clone_keeps_names_meta_and_calling_convention_and_is_independent() -> None:
+    _, program = captured("gpt2")
+    copy = program.clone()
+    old, new = list(program.graph_module.graph.nodes), list(copy.graph_module.graph.nodes)
+    assert [n.name for n in new] == [n.name for n in old]
+    assert [n.meta for n in new] == [n.meta for n in old]
+    assert torch.equal(copy.graph_module(input_ids=ids(2, 3)).logits, program.graph_module(ids(2, 3)).logits)
+    copy.graph_module.graph.erase_node(new[-1])
+    assert next(reversed(program.graph_module.graph.nodes)).op == "output"
+
+
+def test_projections_of_one_activation_have_one_input() -> None:
+    _, program = captured("llama-tied")
+    layer = {s.name.removeprefix("model.layers.0."): s.input for s in program.sites}
+    attention = {layer[f"self_attn.{p}_proj"] for p in "qkv"}
+    assert len(attention) == 1
+    assert layer["mlp.gate_proj"] == layer["mlp.up_proj"]
+    assert len({*attention, layer["mlp.gate_proj"], layer["self_attn.o_proj"], layer["mlp.down_proj"]}) == 4
+    _, program = captured("gpt2")  # its projections see the activation through a view
+    for site in program.sites:
+        node, x = program.node(site.input), program.node(site.calls[0]).args[0]
+        assert "view" not in str(node.target)
+        assert node.meta["val"].shape[-1] == x.meta["val"].shape[-1] == site.columns  # type: ignore[union-attr]
+
+
+def test_biases_added_apart_become_part_of_the_linear() -> None:
+    _, program = captured("falcon")
+    calls = [n for n in program.graph_module.graph.nodes if n.target is LINEAR]
+    assert sum(n.args[2] is not None for n in calls) == 4
+    assert all(program.site(n.meta[META]).bias == n.args[2].target for n in calls if n.args[2] is not None)
+
+
+def test_a_head_tied_to_the_embedding_is_left_alone() -> None:
+    _, program = captured("llama-tied")
+    head = program.site("lm_head")
+    assert (head.weight.key, head.weight.aliases) == ("lm_head.weight", ("model.embed_tokens.weight",))
+    assert not head.in_scope
+    assert head.reason == "tied to the embedding model.embed_tokens.weight"
+
+
+def test_experts_are_refused_by_name() -> None:
+    message = (
+        r"(?s)only 11\.1% .* min_coverage is 90\.0%.*"
+        r"model\.layers\.\*\.mlp\.experts\.gate_up_proj \(1 parameters, 65,536 weights\): a stacked weight .*"
+        r"model\.layers\.\*\.mlp\.gate \(1 parameters, 256 weights\).*Pass min_coverage=0\.11"
+    )
+    with pytest.raises(CaptureError, match=message):
+        capture(build("mixtral", num_hidden_layers=1))
+
+
+# ---- weight identity
+
+
+def test_one_module_called_twice_is_one_site() -> None:
+    layer = nn.Linear(32, 32)
+    program = capture(Net(layer, nn.ReLU(), layer, nn.Linear(32, 16)))
+    assert [(s.name, len(s.calls), s.reason) for s in program.sites] == [("layers.0", 2, None), ("layers.3", 1, None)]
+    assert program.sites[0].weight.aliases == ("layers.2.weight",)
+    verify.check(program)
+
+
+def test_one_parameter_in_two_modules_is_one_site() -> None:
+    first, second = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+    second.weight = nn.Parameter(first.weight.data)  # another Parameter object over the same memory
+    program = capture(Net(first, nn.ReLU(), second))
+    assert [(s.name, len(s.calls), s.reason) for s in program.sites] == [("layers.0", 2, None)]
+    assert program.sites[0].weight.aliases == ("layers.2.weight",)
+    verify.check(program)
+
+
+def test_weights_of_any_layout_and_dtype_work_as_they_are() -> None:
+    columns_first = nn.Linear(32, 48)
+    columns_first.weight = nn.Parameter(torch.randn(32, 48).T)
+    sliced = nn.Linear(48, 32)
+    sliced.weight = nn.Parameter(torch.randn(64, 96)[::2, ::2])
+    model = Net(columns_first, sliced).to(torch.bfloat16)
+    program = capture(model)
+    assert [s.reason for s in program.sites] == [None, None]
+    assert {s.weight.dtype for s in program.sites} == {torch.bfloat16}
+    assert torch.equal(run(program, ids(2, 5)), model(ids(2, 5)))
+
+
+# ---- left alone, with a reason
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias) * 1.5
+
+
+class Clamped(nn.Linear):
+    """On small inputs the same as a Linear."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias).clamp(-1e6, 1e6)
+
+
+class Listed(nn.Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x) if x.dim() == 3 else [super().forward(x)]
+
+
+class Computed(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight * 2, self.bias)
+
+
+class Raw(nn.Module):
+    """A parameter of a module that does more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(32, 48))
+        self.norm = nn.LayerNorm(48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x @ self.up)
+
+
+class Backwards(nn.Module):
+    """The activation on the right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight @ x.mT).mT
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(2, 32, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.stack[0] + x @ self.stack[1]) / 2
+
+
+class Foreign(nn.Module):
+    """Reads the weight of a child instead of calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.inner.weight, self.inner.bias)
+
+
+class BothWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x @ self.weight, self.weight)
+
+
+class Measured(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.weight.mean()
+
+
+def buffered() -> nn.Module:
+    layer = nn.Linear(32, 32, bias=False)
+    weight = layer.weight.data
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    return layer
+
+
+def expanded() -> nn.Module:
+    layer = nn.Linear(32, 32)
+    layer.weight = nn.Parameter(torch.randn(1, 32).expand(32, 32))
+    return layer
+
+
+def hooked() -> nn.Module:
+    layer = nn.Linear(32, 32)
+    layer.register_forward_hook(lambda module, args, out: None)
+    return layer
+
+
+def overridden() -> nn.Module:
+    layer = nn.Linear(32, 32)
+    layer.forward = layer.forward  # type: ignore[method-assign]
+    return layer
+
+
+def overlapping() -> nn.Module:
+    first, second = nn.Linear(32, 32), nn.Linear(32, 32)
+    memory = torch.randn(48, 32)
+    first.weight, second.weight = nn.Parameter(memory[:32]), nn.Parameter(memory[16:])
+    return nn.Sequential(first, second)
+
+
+def differing_biases() -> nn.Module:
+    first, second = nn.Linear(32, 32), nn.Linear(32, 32)
+    second.weight = first.weight
+    return nn.Sequential(first, second)
+
+
+def quantized() -> nn.Module:
+    class Int8(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("codes", torch.randint(-128, 127, (32, 32), dtype=torch.int8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.codes.float() * 0.01)
+
+    return Int8()
+
+
+ALONE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "fp64": (lambda: nn.Linear(32, 32).double(), "layers.0", "torch.float64, none of float32"),
+    "small": (lambda: nn.Linear(32, 15), "layers.0", "15 x 32 is too small: a side is below 16"),
+    "buffer": (buffered, "layers.0", "not a plain parameter"),
+    "expanded": (expanded, "layers.0", "an expanded weight"),
+    "overlapping": (overlapping, "layers.0.1", "shares part of its memory"),
+    "biases": (differing_biases, "layers.0.0", "different biases share the weight: layers.0.0.bias, layers.0.1.bias"),
+    "hooks": (hooked, "layers.0", "layers.0 has hooks"),
+    "overridden": (overridden, "layers.0", "forward of layers.0 is overridden"),
+    "scaled": (lambda: Scaled(32, 32), "layers.0", "a Scaled, is not x W^T + b: it also calls mul"),
+    "clamped": (lambda: Clamped(32, 32), "layers.0", "a Clamped, is not x W^T + b: it also calls clamp"),
+    "listed": (lambda: Listed(32, 32), "layers.0", "a Listed, is not x W^T + b"),
+    "computed": (lambda: Computed(32, 32), "layers.0", "a computed weight"),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(32, 32)), "layers.0", "a computed weight"),
+    "int8": (quantized, "layers.0.codes", "a computed weight"),
+    "raw": (Raw, "layers.0.up", "holds more than a weight and a bias"),
+    "backwards": (Backwards, "layers.0", "an unusual product: matmul"),
+    "experts": (Experts, "layers.0.stack", "a stacked weight [2, 32, 32] read by matmul"),
+    "foreign": (Foreign, "layers.0.inner", "is multiplied in layers.0, not in the module"),
+    "both ways": (BothWays, "layers.0", "both as it is and transposed"),
+    "also read": (lambda: Measured(32, 32), "layers.0", "also read by mean"),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_left_alone_with_a_reason(case: str) -> None:
+    build, name, reason = ALONE[case]
+    layer = build()
+    dtype = torch.float64 if case == "fp64" else torch.float32
+    model = Net(layer)
+    model.embed.to(dtype)
+    program = capture(model, min_coverage=0)
+    site = program.site(name)
+    assert reason in (site.reason or "")
+    assert site.in_scope
+    assert not program.open_sites()
+    if case == "experts":
+        assert site.weight.shape == (2 * 32, 32)
+    assert all(program.node(call).meta[META] == name for call in site.calls)
+    torch.testing.assert_close(run(program, ids(2, 3)), model(ids(2, 3)), rtol=1e-6, atol=1e-6)
+    with pytest.raises(CaptureError, match=r"only 0\.0%"):
+        capture(model)
+
+
+# ---- scope
+
+
+class WithHead(Net):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(32, 32), nn.Linear(32, 32))
+        self.head = nn.Linear(32, 32, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(super().forward(ids))
+
+
+def open_names(program: Program) -> list[str]:
+    return [s.name for s in program.open_sites()]
+
+
+def test_include_and_exclude() -> None:
+    model = WithHead()
+    program = capture(model)
+    assert open_names(program) == ["layers.0", "layers.1"]
+    assert not program.site("head").in_scope
+    assert open_names(capture(model, include=["head"])) == ["layers.0", "layers.1", "head"]
+    program = capture(model, include=["head"], exclude=["re:layers\\.[1-9]"])
+    assert open_names(program) == ["layers.0", "head"]
+    assert program.site("layers.1").reason == "excluded by the pattern 're:layers\\\\.[1-9]'"
+    with pytest.raises(ConfigError, match=r"exclude pattern 'layer\.1' matches no site; the nearest sites are layers"):
+        capture(model, exclude=["layer.1"])
+    model.head.weight = model.embed.weight
+    tied = capture(model, include=["head"]).site("head")
+    assert (tied.in_scope, tied.reason) == (False, "tied to the embedding embed.weight")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [("a.0", True), ("a", True), ("a.0.q", True), ("*.q", True), ("a.?.q", True), ("re:a\\..*", True)]
+    + [("a.0.", False), ("q", False), ("re:q", False), ("re:a", False), ("A.0.q", False), ("a.00", False)],
+)
+def test_patterns(pattern: str, found: bool) -> None:
+    assert matches(pattern, "a.0.q") == found
+
+
+def test_broken_pattern() -> None:
+    with pytest.raises(ConfigError, match=r"overrides pattern 're:\(' is not a regular expression"):
+        match("overrides", "re:(", ["a"])
+
+
+# ---- refusals
+
+
+class MixedLinear(nn.Module):
+    pass
+
+
+class Branching(Net):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if ids.sum() > 0:
+            return super().forward(ids)
+        return self.embed(ids)
+
+
+class ShortOnly(Net):
+    """Takes another way beyond 64 tokens."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * (2 if ids.shape[1] > 64 else 1)
+
+
+class Constant(nn.Module):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids.float()
+
+
+def in_place_compiled() -> nn.Module:
+    model = Net(nn.Linear(32, 32))
+    model.layers[0].compile(backend="eager")
+    return model
+
+
+def with_value(value: float) -> nn.Module:
+    model = Net(nn.Linear(32, 32))
+    with torch.no_grad():
+        model.layers[0].weight[3, 5] = model.layers[0].weight[9, 0] = value
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[MixCompError], str]] = {
+    "a path": (lambda: "model.pt", InputError, "a str, not a torch.nn.Module"),
+    "a class": (lambda: Net, InputError, r"the class Net; pass an instance"),
+    "torch.compile": (
+        lambda: torch.compile(Net(nn.Linear(32, 32)), backend="eager"),
+        InputError,
+        "the model has been through torch.compile",
+    ),
+    "compile()": (in_place_compiled, InputError, r"layers\.0 has been through torch.compile"),
+    "compiled before": (lambda: Net(MixedLinear()), InputError, r"layers\.0 is a MixedLinear"),
+    "meta": (lambda: Net(nn.Linear(32, 32)).to("meta"), InputError, r"3 tensors .* embed\.weight, layers\.0\.weight"),
+    "no linear": (Constant, InputError, "no linear layer"),
+    "NaN": (lambda: with_value(torch.nan), WeightError, r"layers\.0\.weight holds 2 values .* the first at \(3, 5\)"),
+    "infinity": (lambda: with_value(-torch.inf), WeightError, r"layers\.0\.weight holds 2 values"),
+    "branch on data": (lambda: Branching(nn.Linear(32, 32)), CaptureError, r"(?s)test_capture\.py.*if ids\.sum\(\) > 0"),
+    "branch on length": (lambda: ShortOnly(nn.Linear(32, 32)), CaptureError, "differs from the model by"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(case: str) -> None:
+    build, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        capture(build())
+
+
+def test_several_devices_are_named() -> None:
+    model = Net(nn.Linear(32, 32))
+    model.layers[0].register_buffer("elsewhere", torch.zeros(1))
+    devices = {id(model.layers[0].elsewhere): torch.device("cuda", 1)}
+    with pytest.MonkeyPatch.context() as patch:
+        real = torch.Tensor.device
+        fake = property(lambda t: devices.get(id(t)) or real.__get__(t))  # no second device here: one that claims to be
+        patch.setattr(torch.Tensor, "device", fake)
+        with pytest.raises(InputError, match=r"2 devices \(embed\.weight on cpu, layers\.0\.elsewhere on cuda:1\)"):
+            capture(model)
+
+
+def test_excluding_a_broken_layer_leaves_it_alone() -> None:
+    model = with_value(torch.nan)
+    model.layers.append(nn.Linear(32, 32))
+    assert open_names(capture(model, exclude=["layers.0"])) == ["layers.1"]
+
+
+# ---- nothing is left behind
+
+
+def state(model: nn.Module) -> object:
+    hooks = [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
+    modes = [(n, m.training) for n, m in model.named_modules()]
+    values = [(n, id(p), p.requires_grad, p._version, p.sum().item()) for n, p in model.named_parameters()]
+    attributes = [(n, sorted(vars(m))) for n, m in model.named_modules()]
+    return hooks, modes, values, attributes, torch.get_rng_state().tolist(), torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_model_is_as_before(works: bool) -> None:
+    kind = Net if works else Branching
+    model = kind(nn.Linear(32, 32), nn.Dropout(0.5), nn.Linear(32, 32)).train()
+    model.layers[2].eval()
+    before = state(model)
+    if works:
+        program = capture(model)
+        assert torch.equal(run(program, ids(2, 3)), run(program, ids(2, 3)))  # dropout is off in the graph
+    else:
+        with pytest.raises(CaptureError):
+            capture(model)
+    assert state(model) == before
+
+
+def test_gradients_flow_through_the_graph() -> None:
+    model = Net(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+    capture(model).graph_module(ids(2, 3)).sum().backward()
+    got = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+    model.zero_grad()
+    model(ids(2, 3)).sum().backward()
+    assert all(torch.equal(a, b.grad) for a, b in zip(got, model.parameters(), strict=True))  # type: ignore[arg-type]
+
+
+def test_writes_in_place_become_functional() -> None:
+    class InPlace(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            x += 1
+            return x.mul_(2)
+
+    model = Net(nn.Linear(32, 32), InPlace(32, 32))
+    program = capture(model, min_coverage=0.5)
+    verify.check(Program(program.graph_module, program.sites))
+    torch.testing.assert_close(run(program, ids(2, 3)), model(ids(2, 3)), rtol=1e-6, atol=1e-6)
+
+
+# ---- Dynamo
+
+
+def dynamo_programs(model: nn.Module, tokens: torch.Tensor) -> tuple[list[Program], torch.Tensor]:
+    found: list[Program] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        before = module.code
+        found.append(capture_dynamo(module, inputs))
+        assert module.code == before
+        return found[-1].graph_module.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        out = torch.compile(model, backend=backend, dynamic=True)(tokens)
+    return found, out
+
+
+def test_plain_linears_of_a_dynamo_graph_are_left_alone() -> None:
+    shared = nn.Linear(32, 32)
+    model = Net(shared, nn.ReLU(), shared, nn.Linear(32, 16, bias=False))
+    (program,), out = dynamo_programs(model, ids(2, 3))
+    assert torch.equal(out, model(ids(2, 3)))
+    assert [(s.name, s.weight.shape, len(s.calls)) for s in program.sites] == [
+        ("layers.0", (32, 32), 2),
+        ("layers.3", (16, 32), 1),
+    ]
+    assert all("call mixcomp.compile" in (s.reason or "") for s in program.sites)
+    assert not program.facts
