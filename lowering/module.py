@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,19 @@ from mixcomp.packed import PackedWeight
 #: integers through which floating-point buffers of the format pass casts and moves unharmed
 _BITS = {2: torch.int16, 4: torch.int32}
 _NAMES = ("codes", "scales", "factors", "row_index", "branch_a", "branch_b", "branch_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class OriginalWeight:
+    """What is left of the weight that was compiled.
+
+    No tensor on purpose: torch computes with an empty one, even with one on the meta device (on a CPU, ``linear`` then
+    returns whatever lies in memory), while any use of this is a ``TypeError``.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 class MixedLinear(nn.Module):
@@ -67,13 +81,14 @@ class MixedLinear(nn.Module):
         return PackedWeight.from_tensors(self.fmt, {name: self.get_buffer(name) for name in self.fmt.tensors()})
 
     @property
-    def weight(self) -> torch.Tensor:
-        """Shape and dtype of the original weight on the meta device, for code that asks a layer what it computes in.
+    def weight(self) -> OriginalWeight:
+        """For code that asks a layer what it computes in, as Mamba does with ``lm_head.weight.dtype``.
 
-        Several models of transformers do (T5 casts to ``wo.weight.dtype``, Mamba to ``lm_head.weight.dtype``).  It has
-        no numbers, so computing with it is torch's error; they come from ``packed().dequantize()``.
+        The numbers come from ``packed().dequantize()``.
         """
-        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        return OriginalWeight(
+            torch.Size((self.out_features, self.in_features)), self.dtype, self.get_buffer("codes").device
+        )
 
     def extra_repr(self) -> str:
         widths: Counter[int] = Counter()

@@ -31,17 +31,18 @@ from mixcomp.files import (
 )
 from mixcomp.format import VERSION
 from mixcomp.lowering.module import MixedLinear
-from mixcomp.manifest import CONFIG, MANIFEST, MAX_MANIFEST, Manifest, StoredFile, StoredSite, read_json
+from mixcomp.manifest import CONFIG, MANIFEST, MAX_MANIFEST, METHOD, Manifest, StoredFile, StoredSite, read_json
 from mixcomp.packed import PackedWeight, check_values
 from mixcomp.plan import Compiled, Plan
 from mixcomp.shards import SPELLING, StoredTensor, content, header, read, split, stored_order
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import nn
     from transformers import PreTrainedModel
 
+INDEX = "mixcomp.safetensors.index.json"  #: for transformers, which looks for tensors there
 GENERATION = "generation_config.json"
 PLAN = "plan.json"
 SHARD_BYTES = 4 << 30
@@ -84,6 +85,9 @@ def save(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None) -
         for number, names in enumerate(split(sizes, SHARD_BYTES), start=1):
             shard = f"mixcomp-{number:05d}.safetensors"
             files[shard] = _write_shard(partial / shard, {name: named[name] for name in names})
+        where = {name: shard for shard, listed in files.items() for name in listed.tensors}
+        index = _text({"metadata": {}, "weight_map": where})
+        files[INDEX] = StoredFile(*write_file(partial / INDEX, [index]), {})
         versions = {name: version(name) for name in _LIBRARIES}
         manifest = Manifest(versions, architecture, attention, sites, ties, tuple(sorted(extra)), files)
         write_file(partial / MANIFEST, [manifest.to_bytes()])
@@ -94,16 +98,17 @@ def check_folder(folder: str | Path) -> Manifest:
 
     Raises ``ArtifactError`` or ``FormatError`` naming the file, the tensor or the field.
     """
-    path, manifest = _open(folder)
-    texts = _texts(path, manifest)
+    folder = Path(folder)
+    manifest = open_folder(folder)
+    texts = _texts(folder, manifest)
     skeleton.refuse_code(read_json(texts[CONFIG], CONFIG))
     _plan(texts)
     for name, listed in manifest.files.items():
         if listed.tensors:
-            check_digest(path, name, listed.size, listed.sha256)
+            check_digest(folder, name, listed.size, listed.sha256)
     values: dict[str, torch.Tensor] = {}
     checked = {s for site in manifest.sites for k, s in manifest.site_tensors(site).items() if k not in _UNCHECKED}
-    for key, tensor in _tensors(path, manifest):
+    for key, tensor in _tensors(folder, manifest):
         values[key] = tensor if key in checked else tensor.to("meta")
     for site in manifest.sites:
         _packed(manifest, site, values)
@@ -117,19 +122,52 @@ def load(folder: str | Path, *, device: str | torch.device | None = None) -> Pre
     Raises ``ArtifactError`` or ``FormatError`` naming the file, the tensor or the field; never returns part of a model.
     """
     place = _device(device)
-    path, manifest = _open(folder)
-    texts = _texts(path, manifest)
+    folder = Path(folder)
+    manifest = open_folder(folder)
+    texts = _texts(folder, manifest)
     config = read_json(texts[CONFIG], CONFIG)
     most = 4 * (len(manifest.tensors) + len(manifest.ties)) + 64
     model = skeleton.build(config, manifest.architecture, manifest.attention, most)
-    tensors = {key: tensor.to(place) for key, tensor in _tensors(path, manifest)}
-    skeleton.exchange_modules(model, _modules(manifest, tensors))
+    tensors = {key: tensor.to(place) for key, tensor in _tensors(folder, manifest)}
+    skeleton.exchange_modules(model, modules(manifest, tensors))
     skeleton.check_names(model, [*tensors, *manifest.ties], manifest.buffers)
     skeleton.assign(model, tensors, manifest.ties)
     _set_generation(model, texts)
-    if (plan := _plan(texts)) is not None:
-        model.mixcomp = Compiled(plan)  # type: ignore[assignment]
+    _set_plan(model, texts)
     return model.to(place)  # type: ignore[arg-type, no-any-return]
+
+
+def open_folder(folder: Path) -> Manifest:
+    """The checked manifest of a saved folder; its files have not been looked at."""
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: is not a folder; give the folder that mixcomp.save wrote")
+    if not (folder / MANIFEST).exists():
+        raise ArtifactError(
+            f"{folder}: has no {MANIFEST}, so mixcomp.save did not write it (or not to the end); "
+            "compile a plain model with mixcomp.compile first"
+        )
+    return Manifest.from_bytes(read_whole(folder, MANIFEST, MAX_MANIFEST))
+
+
+def modules(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> dict[str, MixedLinear]:
+    """A module for every site, of stored tensors by name; sites that share all their tensors share one."""
+    out: dict[str, MixedLinear] = {}
+    made: dict[tuple[object, ...], MixedLinear] = {}
+    for site in manifest.sites:
+        sources = manifest.site_tensors(site)
+        key = (manifest.sites[site].dtype, *sources.values())
+        if key not in made:
+            bias = tensors[sources["bias"]] if "bias" in sources else None
+            made[key] = MixedLinear(_packed(manifest, site, tensors), bias, manifest.sites[site].dtype).eval()
+        out[site] = made[key]
+    return out
+
+
+def finish(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
+    """Give a model whose state is loaded what lies outside of it: the buffers listed for that, and the plan."""
+    buffers = {key: tensor for key, tensor in _tensors(folder, manifest, manifest.buffers) if key in manifest.buffers}
+    skeleton.assign(model, {key: tensor.to(model.get_buffer(key).device) for key, tensor in buffers.items()}, {})
+    _set_plan(model, _texts(folder, manifest))
 
 
 _UNCHECKED = ("codes", "scales", "branch_a", "branch_b", "bias")  # every value of these is a legal one
@@ -180,7 +218,7 @@ def _config_text(model: PreTrainedModel) -> bytes:
     data = json.loads(config.to_json_string())
     data.pop("transformers_weights", None)
     data["dtype"] = str(model.dtype).removeprefix("torch.")
-    data["quantization_config"] = {"quant_method": "mixcomp", "format_version": VERSION}
+    data["quantization_config"] = {"quant_method": METHOD, "format_version": VERSION}
     skeleton.refuse_code(data)
     return _text(data)
 
@@ -208,7 +246,11 @@ def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         tokenizer.save_pretrained(scratch)
         files = {check_name(path.name): path for path in sorted(Path(scratch).iterdir())}
         for name, path in files.items():
-            if not path.is_file() or name.endswith(_CODE_SUFFIXES) or name in (CONFIG, GENERATION, PLAN, MANIFEST):
+            if (
+                not path.is_file()
+                or name.endswith(_CODE_SUFFIXES)
+                or name in (CONFIG, GENERATION, PLAN, INDEX, MANIFEST)
+            ):
                 raise ArtifactError(f"the tokenizer wants to save {name!r}, which is not plain data; save it elsewhere")
         return {name: path.read_bytes() for name, path in files.items()}
 
@@ -287,25 +329,13 @@ def _write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> StoredFile:
     return StoredFile(size, digest, listed)
 
 
-def _open(folder: str | Path) -> tuple[Path, Manifest]:
-    path = Path(folder)
-    if not path.is_dir():
-        raise ArtifactError(f"{path}: is not a folder; give the folder that mixcomp.save wrote")
-    if not (path / MANIFEST).exists():
-        raise ArtifactError(
-            f"{path}: has no {MANIFEST}, so mixcomp.save did not write it (or not to the end); "
-            "compile a plain model with mixcomp.compile first"
-        )
-    return path, Manifest.from_bytes(read_whole(path, MANIFEST, MAX_MANIFEST))
-
-
-def _texts(path: Path, manifest: Manifest) -> dict[str, bytes]:
+def _texts(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     """The verified bytes of everything but the tensors."""
     out = {}
     for name, listed in manifest.files.items():
         if listed.tensors:
             continue
-        out[name] = read_whole(path, name, _SMALL)
+        out[name] = read_whole(folder, name, _SMALL)
         if len(out[name]) != listed.size or sha256(out[name]) != listed.sha256:
             raise ArtifactError(
                 f"{name}: damaged, its {len(out[name])} bytes are not the {listed.size} listed ones; "
@@ -318,10 +348,19 @@ def _plan(texts: Mapping[str, bytes]) -> Plan | None:
     return Plan.from_json(read_json(texts[PLAN], PLAN)) if PLAN in texts else None
 
 
-def _tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Tensor]]:
+def _set_plan(model: PreTrainedModel, texts: Mapping[str, bytes]) -> None:
+    plan = _plan(texts)
+    if plan is not None:
+        model.mixcomp = Compiled(plan)  # type: ignore[assignment]
+
+
+def _tensors(
+    folder: Path, manifest: Manifest, some: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The verified tensors of all files, or of those that hold ``some``."""
     for name, listed in manifest.files.items():
-        if listed.tensors:
-            with open_regular(path, name) as file:
+        if listed.tensors and (some is None or not listed.tensors.keys().isdisjoint(some)):
+            with open_regular(folder, name) as file:
                 yield from read(file, name, listed.tensors, listed.size)
 
 
@@ -332,24 +371,11 @@ def _packed(manifest: Manifest, site: str, tensors: Mapping[str, torch.Tensor]) 
             manifest.sites[site].fmt,
             {key: tensors[source] for key, source in sources.items() if key != "bias"},
         )
-        check_values(packed)
+        if not packed.factors.is_meta:
+            check_values(packed)
     except FormatError as error:
         raise FormatError(f"site {site!r:.200}: {error}; save the model again") from error
     return packed
-
-
-def _modules(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> dict[str, MixedLinear]:
-    """A module for every site; sites that share all their tensors share one."""
-    out: dict[str, MixedLinear] = {}
-    made: dict[tuple[object, ...], MixedLinear] = {}
-    for site in manifest.sites:
-        sources = manifest.site_tensors(site)
-        key = (manifest.sites[site].dtype, *sources.values())
-        if key not in made:
-            bias = tensors[sources["bias"]] if "bias" in sources else None
-            made[key] = MixedLinear(_packed(manifest, site, tensors), bias, manifest.sites[site].dtype).eval()
-        out[site] = made[key]
-    return out
 
 
 def _set_generation(model: PreTrainedModel, texts: Mapping[str, bytes]) -> None:

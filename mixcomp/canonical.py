@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -146,7 +147,8 @@ def _same_as(node: fx.Node) -> fx.Node | None:
         same = old.dtype == new.dtype and old.device == new.device and "memory_format" not in node.kwargs
         return source if same else None
     if node.target is aten.slice.Tensor:
-        _, _, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+        given: list[Any] = [*node.args, *(0, None, None, 1)[len(node.args) - 1 :]]
+        start, end, step = given[2:]
         whole = start in (None, 0) and (end is None or end == _END) and step == 1
         return source if whole else None
     if node.target is aten.dropout.default and node.args[2] is False:
@@ -157,7 +159,7 @@ def _same_as(node: fx.Node) -> fx.Node | None:
 def _matched(node: fx.Node, fixed: set[fx.Node]) -> _Linear | None:
     if node.kwargs or node.op != "call_function":
         return None
-    args = node.args
+    args: tuple[Any, ...] = node.args
     if node.target is aten.linear.default:
         x, weight, bias, transposed = args[0], args[1], (args[2] if len(args) > 2 else None), False
     elif node.target is aten.addmm.default:
@@ -169,8 +171,9 @@ def _matched(node: fx.Node, fixed: set[fx.Node]) -> _Linear | None:
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or x in fixed:
         return None
     weight, turned = _through_transposes(weight)
-    is_bias = bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr" and _value(bias).dim() == 1)
-    if weight.op != "get_attr" or _value(weight).dim() != 2 or not is_bias:
+    if weight.op != "get_attr" or _value(weight).dim() != 2:
+        return None
+    if bias is not None and (bias.op != "get_attr" or _value(bias).shape != _value(node).shape[-1:]):
         return None
     return _Linear(x, weight, bias, transposed != turned)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
@@ -67,7 +67,7 @@ def capture(
         returns, and shares the model's parameters.
 
     Raises:
-        InputError: not a model, or one that cannot be compiled at all (compiled before, on meta or several devices ...).
+        InputError: not a model, compiled before, without values (meta), on several devices, or without any linear.
         CaptureError: tracing failed, the graph computes something else, or too few weights can be compiled.
         ConfigError: a pattern matches nothing.
         WeightError: a weight holds NaN or infinity.
@@ -124,11 +124,11 @@ def _require_one_device(model: nn.Module) -> torch.device:
     devices = {tensor.device: path for path, tensor in reversed(tensors)}
     if len(devices) > 1:
         places = ", ".join(f"{path} on {device}" for device, path in sorted(devices.items(), key=lambda d: str(d[0])))
-        raise InputError(f"the model is spread over {len(devices)} devices ({places}); move it to one: model.to(device)")
+        raise InputError(f"the model is on {len(devices)} devices ({places}); move it to one with model.to(device)")
     return next(iter(devices), torch.device("cpu"))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Every module in eval mode, and the mode of each, and the random state, put back afterwards.
 
@@ -146,7 +146,7 @@ def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
             part.training = mode
 
 
-@contextmanager
+@contextlib.contextmanager
 def _plain_attention(model: nn.Module) -> Iterator[None]:
     """PyTorch's own attention meanwhile, where the model uses a kernel that cannot be traced."""
     chosen = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -171,12 +171,12 @@ def _export(tokens: _Tokens, example: torch.Tensor) -> fx.GraphModule:
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {"input_ids": {0: dynamic, 1: dynamic}}
     try:
-        with redirect_stderr(StringIO()), warnings.catch_warnings():  # a failing trace prints all of its graph
+        with contextlib.redirect_stderr(StringIO()), warnings.catch_warnings():  # failing, torch prints the graph
             warnings.simplefilter("ignore")
             program = torch.export.export(tokens, (example,), dynamic_shapes=shapes, strict=False)
             if any(n.op == "call_function" and _writes(n) for n in program.graph.nodes):
                 program = program.run_decompositions({})  # traces once more, with writes in place made functional
-            return program.module(check_guards=False)
+            return program.module()
     except Exception as error:  # tracing runs the user's code, which may raise anything
         name = type(tokens.get_submodule(_INNER)).__name__
         raise CaptureError(f"{name} cannot be traced: {_reason(error)}{_source_line(error.__traceback__)}") from error
@@ -194,7 +194,7 @@ def _reason(error: Exception) -> str:
 
 def _source_line(trace: TracebackType | None) -> str:
     """The innermost line of the traceback that is neither torch's nor ours."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(inspect.__file__).parent / "contextlib"))
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__)
     frames = [f for f in traceback.extract_tb(trace) if not f.filename.startswith(ours)]
     return f"\n  in {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
@@ -232,9 +232,9 @@ def _require_same(module: fx.GraphModule, tokens: _Tokens, device: torch.device)
         try:
             difference = _difference(wanted, module(probe))
         except Exception as error:  # what the example's sizes allowed and these do not
-            raise CaptureError(f"the traced graph fails on {length} tokens: {_reason(error)}; {_BRANCHES}") from error
+            raise CaptureError(f"the graph fails on {length} tokens: {_reason(error)}; {_BRANCHES}") from error
         if not difference < MOST_DIFFERENT:
-            raise CaptureError(f"on {length} tokens the traced graph differs from the model by {difference:.3g}; {_BRANCHES}")
+            raise CaptureError(f"on {length} tokens graph and model differ by {difference:.3g}; {_BRANCHES}")
         return
 
 

@@ -38,6 +38,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 BudgetText = Annotated[str, typer.Option(help="Ceiling: bits per weight (4.4), or bytes (300MB, 3.9GB).")]
 
 
+#: width of tables where standard output is no terminal
+PIPED_COLUMNS = 160
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a verb found out: ``data`` for programs, ``show`` for people."""
@@ -84,6 +88,7 @@ def compile_verb(
         _check_early(options, calibration)
         from mixcomp import api, artifact, report, sources
 
+        sources.check_target(out)
         original = sources.load_original(model, sources.pick_device(device))
         tokenizer = sources.load_tokenizer(model)
         options |= {"calibration": calibration, "tokenizer": tokenizer, "progress": progress}
@@ -183,7 +188,7 @@ def _answer(work: Callable[[Progress], Answer], json: bool) -> None:
         else:
             from rich.console import Console
 
-            answer.show(Console())
+            answer.show(Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS))
 
 
 @contextlib.contextmanager

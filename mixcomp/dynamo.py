@@ -43,7 +43,7 @@ def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Pro
         linear = _operands(node)
         if linear is None:
             continue
-        source = linear.get("codes", linear.get("weight"))
+        source = linear["codes" if "codes" in linear else "weight"]
         if source in sites:
             sites[source] = replace(sites[source], calls=(*sites[source].calls, node.name))
         else:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "mixcomp.json"
 CONFIG = "config.json"
+METHOD = "mixcomp"  #: ``quant_method`` in config.json
 MAX_MANIFEST = 1 << 26  #: bytes
 
 _SHARD = ".safetensors"

@@ -28,15 +28,20 @@ class Bars:
             disable=not console.is_terminal,
         )
         self._open: dict[str, tuple[TaskID, float]] = {}
+        self._finished: set[str] = set()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Stage ``what`` has finished ``done`` of ``total`` steps; stages may be nested."""
+        if done >= total and what in self._finished:
+            return
         if what not in self._open:
+            self._finished.discard(what)
             self._open[what] = self._bars.add_task(what, total=max(total, 1), peak=""), time.monotonic()
         task, since = self._open[what]
         self._bars.update(task, completed=done, total=max(total, 1), peak=peak_memory())
         if done >= total:
             del self._open[what]
+            self._finished.add(what)
             if not self._console.is_terminal:
                 line = f"{what}: {time.monotonic() - since:.1f} s, peak {peak_memory()}"
                 self._console.print(line, highlight=False, soft_wrap=True)

@@ -135,9 +135,12 @@ class Report:
         yield f"calibration {self.calibration}"
 
     def _table(self) -> Table:
-        from rich.table import Table
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Column, Table
 
-        table = Table("site", "shape", "rows at each width", "rank", "reorder", "bits", *_path_titles())
+        site_name = Column("site", no_wrap=True, overflow="fold")
+        titles = ("shape", "rows at each width", "rank", "reorder", "bits", *_path_titles())
+        table = Table(site_name, *titles, box=SIMPLE_HEAD)
         for site in self.sites:
             widths = " ".join(f"{rows}x{width}" for width, rows in site.widths.items())
             shape, rank = f"{site.rows} x {site.columns}", str(site.rank or "-")
@@ -146,7 +149,7 @@ class Report:
 
 
 def _path_titles() -> list[str]:
-    return [f"path at {tokens} token{'s' if tokens > 1 else ''}" for tokens in TOKENS]
+    return [f"path ({tokens})" for tokens in TOKENS]
 
 
 def describe(model: torch.nn.Module) -> Report:

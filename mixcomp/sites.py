@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -41,7 +41,9 @@ def find_sites(
     found = [*_linears(weights, model), *_others(module, weights)]
     if not found:
         raise InputError(f"{type(model).__name__} multiplies by no weight: there is no linear layer to compile")
-    sites = _scoped(found, weights, model, tuple(include), tuple(exclude))
+    names = [s.name for s in found]
+    wanted, unwanted = select("include", include, names), select("exclude", exclude, names)
+    sites = _scoped(found, weights, model, wanted, unwanted)
     for site in sites:
         _require_finite(site, model)
     _require_coverage(sites, min_coverage)
@@ -104,7 +106,7 @@ def _product_reason(tensor: torch.Tensor, node: fx.Node) -> str:
     return f"a computed weight or an unusual product: {_operation(node)} does not read the parameter as it is"
 
 
-def _memory_reason(tensor: torch.Tensor, parameters: list[torch.Tensor]) -> str | None:
+def _memory_reason(tensor: torch.Tensor, parameters: Sequence[torch.Tensor]) -> str | None:
     """Why a matrix as it lies in memory cannot be compiled."""
     if type(tensor) is not nn.Parameter:
         return f"the weight is a {type(tensor).__name__}, not a plain parameter"
@@ -176,11 +178,13 @@ def _multiplies(module: nn.Module, weight: Weight) -> bool:
 
 
 def _scoped(
-    sites: list[Site], weights: Mapping[str, Weight], model: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...]
+    sites: list[Site],
+    weights: Mapping[str, Weight],
+    model: nn.Module,
+    wanted: Mapping[str, str],
+    unwanted: Mapping[str, str],
 ) -> list[Site]:
     """Out of scope are: what is tied to an embedding, the head unless asked for, and what the caller excludes."""
-    names = [s.name for s in sites]
-    wanted, unwanted = select("include", include, names), select("exclude", exclude, names)
     tied = {path for w in weights.values() if w.embedded for path in w.paths}
     head = _head_paths(model)
     scoped = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,10 @@ def weights_of(module: fx.GraphModule, model: nn.Module) -> dict[str, Weight]:
     nodes: dict[object, list[fx.Node]] = {}
     tensors: dict[object, torch.Tensor] = {}
     for node in module.graph.nodes:
-        tensor = held(module, node)
-        if tensor is not None:
-            tensors.setdefault(identity(tensor), tensor)
-            nodes.setdefault(identity(tensor), []).append(node)
+        read = held(module, node)
+        if read is not None:
+            tensors.setdefault(identity(read), read)
+            nodes.setdefault(identity(read), []).append(node)
     out: dict[str, Weight] = {}
     place = {node: i for i, node in enumerate(module.graph.nodes)}
     for key in nodes.keys() & paths.keys():
@@ -70,11 +71,11 @@ def extent(tensor: torch.Tensor) -> tuple[object, int, int]:
     if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided or not tensor.numel():
         return id(tensor), 0, 1
     span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    first = tensor.storage_offset() * tensor.itemsize
-    return ("storage", tensor.untyped_storage().data_ptr()), first, first + span * tensor.itemsize
+    first = int(tensor.storage_offset()) * tensor.itemsize
+    return ("storage", tensor.untyped_storage().data_ptr()), first, first + int(span) * tensor.itemsize
 
 
-def overlaps(tensor: torch.Tensor, others: list[torch.Tensor]) -> bool:
+def overlaps(tensor: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
     """Whether another view of the same storage shows some of the same bytes."""
     storage, first, end = extent(tensor)
     own = identity(tensor)

@@ -143,7 +143,7 @@ def weighted_sum(layout: Layout, sizes: Sizes) -> Layout | None:
     Leading dimensions may grow by whole copies of each entry (grouped-query attention: head h reads v's head
     ``h // copies``).
     """
-    if has_features(layout[-2]) or len(layout) != len(sizes):
+    if not 2 <= len(layout) == len(sizes) or has_features(layout[-2]):
         return None
     leading = []
     for parts, size in zip(layout[:-2], sizes, strict=False):

@@ -62,22 +62,28 @@ class Couplings:
 def analyse(program: Program) -> Couplings:
     """Find every permutation that can be absorbed: a pure function of graph and sites."""
     features = Features(program)
+    rank = {name: i for i, name in enumerate(features.sites)}
     absorptions: dict[str, Absorption] = {}
     reasons: dict[str, str] = {}
-    components = {axis: part for part in nx.connected_components(features.graph) for axis in part}
-    for name in features.sites:
-        found = _permutation(features, components[Axis(name, "rows")])
+    for component in nx.connected_components(features.graph):
+        producers, consumers = (
+            sorted((axis.site for axis in component if axis.kind == kind), key=rank.__getitem__)
+            for kind in ("rows", "columns")
+        )
+        found = _permutation(features, producers, consumers)
         if isinstance(found, Absorption):
-            absorptions.setdefault(found.producers[0], found)
-        elif features.sites[name].open:
-            reasons[name] = _reason(features, Axis(name, "rows"), found)
-    return Couplings(tuple(absorptions.values()), MappingProxyType(reasons))
+            absorptions[producers[0]] = found
+        else:
+            reasons.update({name: _reason(features, Axis(name, "rows"), found) for name in producers})
+    scattered = {site.name: reasons[site.name] for site in program.open_sites() if site.name in reasons}
+    ordered = tuple(absorptions[name] for name in features.sites if name in absorptions)
+    return Couplings(ordered, MappingProxyType(scattered))
 
 
-def _permutation(features: Features, component: set[Axis]) -> Absorption | tuple[Axis | None, str]:
+def _permutation(
+    features: Features, producers: list[str], consumers: list[str]
+) -> Absorption | tuple[Axis | None, str]:
     """The permutation of a component, or the axis that fixes it and why (no axis: the component as a whole)."""
-    producers = tuple(name for name in features.sites if Axis(name, "rows") in component)
-    consumers = tuple(name for name in features.sites if Axis(name, "columns") in component)
     for axis in [*(Axis(name, "rows") for name in producers), *(Axis(name, "columns") for name in consumers)]:
         if axis in features.fixed:
             return axis, features.fixed[axis]
@@ -87,8 +93,8 @@ def _permutation(features: Features, component: set[Axis]) -> Absorption | tuple
     block = gcd(*(features.block[name] for name in producers))
     blocks, repeats = zip(*(form for name in consumers for form in features.forms[name]), strict=True)
     if len(set(repeats)) > 1 or (repeats[0] > 1 and {*blocks} != {block}) or block == 1:
-        return None, "is read in several ways that no one order serves"
-    return Absorption(producers, consumers, block, repeats[0], rows)
+        return None, "is read in a way that no one order serves"
+    return Absorption(tuple(producers), tuple(consumers), block, repeats[0], rows)
 
 
 def _reason(features: Features, axis: Axis, found: tuple[Axis | None, str]) -> str:

@@ -18,6 +18,8 @@ from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass
 
 Strategy = Literal["joint", "uniform"]
+#: times the budget that freed row indices leave over is spent again
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -84,34 +86,55 @@ def _site_bits(site: Site, count: str, width: int) -> int:
 def _joint(
     program: Program, sites: tuple[Site, ...], index: dict[str, bool], budget: int, count: str
 ) -> tuple[dict[str, torch.Tensor], Allocation, dict[str, int]]:
-    losses = [program.tensor(s.name, "salience").double().cpu() for s in sites]
-    prices = [
-        torch.tensor([[row_bits(s.rows, s.columns, w, index[s.name], count) for w in WIDTHS]]).expand(s.rows, -1)
-        for s in sites
-    ]
-    stacked, costs = torch.cat(losses), torch.cat(prices)
-    bought = allocate(stacked, costs, budget)
-    ranks = _directions(program, sites, losses, bought) if count == "stored" else dict.fromkeys(index, 0)
-    reserved = sum(ranks[s.name] * branch_bits(s.rows, s.columns) for s in sites)
-    if reserved:
-        bought = allocate(stacked, costs, budget - reserved)
-    widths = torch.tensor(WIDTHS, dtype=torch.uint8)[bought.choice]
-    parts = widths.split([s.rows for s in sites])
-    return {s.name: w for s, w in zip(sites, parts, strict=True)}, bought, ranks
+    bought, parts = _buy(program, sites, index, budget, count)
+    ranks = _directions(program, sites, parts, bought.price) if count == "stored" else {}
+    budget -= sum(ranks[s.name] * branch_bits(s.rows, s.columns) for s in sites if s.name in ranks)
+    settled: dict[str, torch.Tensor] = {}
+    for _ in range(_ROUNDS):
+        bought, parts = _buy(program, sites, index, budget, count)
+        # a site of one width needs no row index: it is settled, and the others share what its index would have cost
+        single = [s for s in sites if index[s.name] and len(parts[s.name].unique()) == 1]
+        settled.update({s.name: parts[s.name] for s in single})
+        budget -= sum(s.rows * row_bits(s.rows, s.columns, int(parts[s.name][0]), False, count) for s in single)
+        sites = tuple(s for s in sites if s.name not in settled)
+        if not single or not sites:
+            break
+    return {**parts, **settled}, bought, ranks
+
+
+def _buy(
+    program: Program, sites: tuple[Site, ...], index: dict[str, bool], budget: int, count: str
+) -> tuple[Allocation, dict[str, torch.Tensor]]:
+    """Widths uint8[rows] of every site at one price."""
+    losses = torch.cat([program.tensor(s.name, "salience").double().cpu() for s in sites])
+    costs = torch.cat(
+        [
+            torch.tensor([[row_bits(s.rows, s.columns, w, index[s.name], count) for w in WIDTHS]]).expand(s.rows, -1)
+            for s in sites
+        ]
+    )
+    bought = allocate(losses, costs, budget)
+    parts = torch.tensor(WIDTHS, dtype=torch.uint8)[bought.choice].split([s.rows for s in sites])
+    return bought, {s.name: widths for s, widths in zip(sites, parts, strict=True)}
 
 
 def _directions(
-    program: Program, sites: tuple[Site, ...], losses: list[torch.Tensor], bought: Allocation
+    program: Program, sites: tuple[Site, ...], widths: dict[str, torch.Tensor], price: float
 ) -> dict[str, int]:
     """Rank of every site's side branch: leading directions whose share of the site's loss is worth more than their bits."""
     ranks = {}
-    parts = bought.choice.split([s.rows for s in sites])
-    for site, table, choice in zip(sites, losses, parts, strict=True):
-        loss = float(table.gather(1, choice[:, None]).sum())
+    for site in sites:
+        loss = float(_predicted(program, site, widths[site.name]))
         gains = program.tensor(site.name, "spectrum").double().cpu() * loss
-        pays = gains > bought.price * branch_bits(site.rows, site.columns)
+        pays = gains > price * branch_bits(site.rows, site.columns)
         ranks[site.name] = int(pays.long().cumprod(0).sum())
     return ranks
+
+
+def _predicted(program: Program, site: Site, widths: torch.Tensor) -> torch.Tensor:
+    """Loss of a site at these widths, fp64[]."""
+    option = torch.searchsorted(torch.tensor(WIDTHS), widths.long())
+    return program.tensor(site.name, "salience").double().cpu().gather(1, option[:, None]).sum()
 
 
 def _uniform(sites: tuple[Site, ...], budget: int, count: str) -> dict[str, torch.Tensor]:
@@ -152,9 +175,7 @@ def _table(
         # rows that already lie in as few segments as a sort would leave stay where they are
         scatter = index[name] and len(runs(chosen.tolist())) > len(set(ordered))
         fmt = SiteFormat(site.rows, site.columns, runs(ordered), scatter)
-        options = torch.tensor([WIDTHS.index(w) for w in chosen.tolist()])
-        salience = program.tensor(name, "salience").double().cpu()
-        predicted += float(salience.gather(1, options[:, None]).sum())
+        predicted += float(_predicted(program, site, chosen))
         out[f"{name}/widths"] = chosen
         out[f"{name}/planned_bits"] = torch.tensor(fmt.stored_bits())
         out[f"{name}/planned_rank"] = torch.tensor(rank)

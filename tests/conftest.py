@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 GOLDEN = Path(__file__).parent / "golden"
 
+pytest.register_assert_rewrite("laws")
 settings.register_profile(
     "ci",
     derandomize=True,

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from programs import Blueprint, Kind, Layer, Values, build
 
 from mixcomp.format import WIDTHS, SiteFormat, runs
 from mixcomp.packed import PackedWeight, pack_codes, pack_scales
 from mixcomp.program import Fact, Program, Site
+from programs import Blueprint, Kind, Layer, Values, build
 
 UP, GATE, DOWN, PROJ, FLAT = "layers.0.up", "layers.0.gate", "layers.0.down", "layers.1.proj", "layers.2.proj"
 BLUEPRINT = Blueprint(

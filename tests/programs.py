@@ -252,6 +252,8 @@ def context(blueprint: Blueprint, batches: int = 2) -> Context:
 
 GATED = Blueprint((Layer(Kind.GATED, 64), Layer(Kind.PLAIN, 33, bias=True)))
 PLAIN = Blueprint((Layer(Kind.PLAIN, 16),))
+#: its rows are many enough for ``down`` to absorb the order of ``up``
+ABSORBING = Blueprint((Layer(Kind.RESIDUAL, 96, bias=True), Layer(Kind.PLAIN, 40)), seed=3)
 EVERYTHING = Blueprint(
     (
         Layer(Kind.RESIDUAL, 48, bias=True),

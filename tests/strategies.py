@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import programs
 import torch
 from hypothesis import strategies as st
+
+import programs
 from programs import Blueprint, Kind, Layer, Values
 
 #: sizes around the group of 32, and those that divide nothing

@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import build
+from mixcomp.lowering.module import MixedLinear
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 
+from families import build
 from mixcomp import verify
 from mixcomp.capture import capture, capture_dynamo
 from mixcomp.errors import CaptureError, ConfigError, InputError, MixCompError, WeightError
+from mixcomp.format import Segment, SiteFormat
 from mixcomp.ops import LINEAR
+from mixcomp.packed import PackedWeight, pack_codes
 from mixcomp.patterns import match, matches
-from mixcomp.program import META, Program, Site
+from mixcomp.program import META, Fact, Program
 
 #: family -> (linears in all, of which the parameter is transposed)
 REPRESENTATIVE = {"llama-tied": (8, 0), "gpt2": (9, 8), "falcon": (5, 0)}
@@ -138,6 +141,13 @@ def test_biases_added_apart_become_part_of_the_linear() -> None:
     assert all(program.site(n.meta[META]).bias == n.args[2].target for n in calls if n.args[2] is not None)
 
 
+def test_a_shift_of_another_module_is_no_bias() -> None:
+    model = Net(Shifted())
+    program = capture(model)
+    assert [(s.name, s.bias, s.reason) for s in program.sites] == [("layers.0.inner", None, None)]
+    assert torch.equal(run(program, ids(2, 3)), model(ids(2, 3)))
+
+
 def test_a_head_tied_to_the_embedding_is_left_alone() -> None:
     _, program = captured("llama-tied")
     head = program.site("lm_head")
@@ -243,6 +253,18 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x @ self.stack[0] + x @ self.stack[1]) / 2
+
+
+class Shifted(nn.Module):
+    """Adds its own parameter to what a child computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32, bias=False)
+        self.shift = nn.Parameter(torch.randn(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.shift
 
 
 class Foreign(nn.Module):
@@ -402,8 +424,10 @@ def test_include_and_exclude() -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "found"),
-    [("a.0", True), ("a", True), ("a.0.q", True), ("*.q", True), ("a.?.q", True), ("re:a\\..*", True)]
-    + [("a.0.", False), ("q", False), ("re:q", False), ("re:a", False), ("A.0.q", False), ("a.00", False)],
+    [
+        *((pattern, True) for pattern in ("a.0.q", "a.0", "a", "*.q", "a.?.q", "re:a\\..*")),
+        *((pattern, False) for pattern in ("a.0.", "q", "re:q", "re:a", "A.0.q", "a.00")),
+    ],
 )
 def test_patterns(pattern: str, found: bool) -> None:
     assert matches(pattern, "a.0.q") == found
@@ -417,8 +441,10 @@ def test_broken_pattern() -> None:
 # ---- refusals
 
 
-class MixedLinear(nn.Module):
-    pass
+def compiled_before() -> nn.Module:
+    fmt = SiteFormat(32, 32, (Segment(32, 4),))
+    codes, scales = torch.zeros(32, 32, dtype=torch.uint8), torch.zeros(32, 1, dtype=torch.uint8)
+    return Net(MixedLinear(PackedWeight(fmt, pack_codes(codes, fmt), scales, torch.ones(32).half())))
 
 
 class Branching(Net):
@@ -426,6 +452,12 @@ class Branching(Net):
         if ids.sum() > 0:
             return super().forward(ids)
         return self.embed(ids)
+
+
+class Noisy(Net):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = super().forward(ids)
+        return x + torch.randn_like(x)
 
 
 class ShortOnly(Net):
@@ -462,13 +494,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[MixCompError], str]] = {
         "the model has been through torch.compile",
     ),
     "compile()": (in_place_compiled, InputError, r"layers\.0 has been through torch.compile"),
-    "compiled before": (lambda: Net(MixedLinear()), InputError, r"layers\.0 is a MixedLinear"),
+    "compiled before": (compiled_before, InputError, r"layers\.0 is a MixedLinear"),
     "meta": (lambda: Net(nn.Linear(32, 32)).to("meta"), InputError, r"3 tensors .* embed\.weight, layers\.0\.weight"),
     "no linear": (Constant, InputError, "no linear layer"),
     "NaN": (lambda: with_value(torch.nan), WeightError, r"layers\.0\.weight holds 2 values .* the first at \(3, 5\)"),
     "infinity": (lambda: with_value(-torch.inf), WeightError, r"layers\.0\.weight holds 2 values"),
-    "branch on data": (lambda: Branching(nn.Linear(32, 32)), CaptureError, r"(?s)test_capture\.py.*if ids\.sum\(\) > 0"),
-    "branch on length": (lambda: ShortOnly(nn.Linear(32, 32)), CaptureError, "differs from the model by"),
+    "branch on data": (lambda: Branching(nn.Linear(32, 32)), CaptureError, r"(?s)capture\.py.*if ids\.sum\(\) > 0"),
+    "branch on length": (lambda: ShortOnly(nn.Linear(32, 32)), CaptureError, "graph and model differ by"),
 }
 
 
@@ -508,13 +540,12 @@ def state(model: nn.Module) -> object:
     return hooks, modes, values, attributes, torch.get_rng_state().tolist(), torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_the_model_is_as_before(works: bool) -> None:
-    kind = Net if works else Branching
+@pytest.mark.parametrize("kind", [Net, Branching, Noisy])
+def test_the_model_is_as_before(kind: type[Net]) -> None:
     model = kind(nn.Linear(32, 32), nn.Dropout(0.5), nn.Linear(32, 32)).train()
     model.layers[2].eval()
     before = state(model)
-    if works:
+    if kind is Net:
         program = capture(model)
         assert torch.equal(run(program, ids(2, 3)), run(program, ids(2, 3)))  # dropout is off in the graph
     else:
@@ -574,3 +605,24 @@ def test_plain_linears_of_a_dynamo_graph_are_left_alone() -> None:
     ]
     assert all("call mixcomp.compile" in (s.reason or "") for s in program.sites)
     assert not program.facts
+
+
+def test_mixed_linears_of_a_dynamo_graph_are_lowered_sites() -> None:
+    fmt = SiteFormat(32, 32, (Segment(24, 4), Segment(8, 8)), scatter=True, rank=2)
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (32, 32), generator=draw, dtype=torch.uint8)
+    order = torch.randperm(32, generator=draw)
+    branch = torch.ones(32, 2, dtype=torch.int8), torch.ones(2, 32, dtype=torch.int8), torch.ones(2)
+    scales = torch.ones(32, 1, dtype=torch.uint8)
+    weight = PackedWeight(fmt, pack_codes(codes, fmt), scales, torch.ones(32).half(), order.to(torch.int16), *branch)
+    layer = MixedLinear(weight, torch.ones(32))
+    model = Net(layer, nn.ReLU(), layer)
+    (program,), out = dynamo_programs(model, ids(2, 3))
+    torch.testing.assert_close(out, model(ids(2, 3)), rtol=1e-6, atol=1e-6)
+    (site,) = program.sites
+    assert (site.name, site.format, len(site.calls), site.reason) == ("layers.0", fmt, 2, None)
+    assert program.facts == {Fact.LOWERED}
+    assert {name: program.tensor("layers.0", name).data_ptr() for name in fmt.tensors()} == {
+        name: getattr(layer, name).data_ptr() for name in fmt.tensors()
+    }
+    verify.check(program, level=2)

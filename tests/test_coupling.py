@@ -171,6 +171,9 @@ FIXED: dict[str, Between] = {
             c.call(aten.permute.default, c.call(aten.view.default, x, [2, 5, 3, 4]), [0, 2, 3, 1]),
         ),
     ),
+    "a vector summed": lambda c, x: c.call(
+        aten.mul.Tensor, c.x, c.call(aten.matmul.default, c.vector("p", 120), c.call(aten.view.default, x, [120]))
+    ),
     "weights of a sum": lambda c, x: c.call(aten.matmul.default, x, c.vector("p", 2, 12, 12)),
 }
 
@@ -264,11 +267,20 @@ def test_all_calls_of_a_site_must_agree() -> None:
     assert_oracle_agrees(program, couplings)
 
 
-def test_consumers_that_repeat_heads_differently_serve_no_order() -> None:
+@pytest.mark.parametrize("at", [2, 3])
+def test_one_order_cannot_serve_different_repetitions(at: int) -> None:
     chain = Chain()
     a = chain.site(chain.x, "a")
-    other = chain.site(repeated(chain, a, 3), "c")
-    assert analyse(chain.finish(a, other)).scattered["a"] == "is read in several ways that no one order serves"
+    other = chain.site(repeated(chain, a, at), "c")
+    assert analyse(chain.finish(a, other)).scattered["a"] == "is read in a way that no one order serves"
+
+
+def test_copies_of_the_whole_keep_no_order_inside_heads() -> None:
+    chain = Chain()
+    split = chain.call(aten.view.default, chain.site(chain.x, "a"), [2, 5, 3, 4])
+    scaled = merged(chain, chain.call(aten.mul.Tensor, split, chain.vector("s", 3, 1)))
+    couplings = analyse(chain.finish(repeated(chain, scaled, 2)))
+    assert couplings.scattered["a"] == "is read in a way that no one order serves"
 
 
 def table(layout: Layout) -> torch.Tensor:

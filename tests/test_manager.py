@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+
+import pytest
 
 import decisions
 import mutants
-import pytest
-import torch
-from programs import PLAIN, build, own
-
+import table_mutants
 from mixcomp.errors import (
     ConfigError,
     InvariantError,
@@ -22,78 +20,12 @@ from mixcomp.errors import (
     StorageError,
     WeightError,
 )
-from mixcomp.format import WIDTHS
 from mixcomp.manager import run
 from mixcomp.printer import digest
 from mixcomp.program import Fact, Program
-from mixcomp.protocol import Context, Pass
-
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Idle(Pass):
-    """Does nothing."""
-
-    name: ClassVar[str] = "idle"
-
-    def run(self, program: Program, context: Context) -> Program:
-        return program
-
-
-@dataclass(frozen=True)
-class Salience(Pass):
-    """Prices every row at its width."""
-
-    name: ClassVar[str] = "toy-salience"
-    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.SALIENCE})
-
-    scale: float = 1.0
-
-    def run(self, program: Program, context: Context) -> Program:
-        price = self.scale / torch.tensor(WIDTHS)
-        return program.with_tensors({f"{s.name}/salience": price.repeat(s.rows, 1) for s in program.open_sites()})
-
-
-@dataclass(frozen=True)
-class Widths(Pass):
-    """Eight bits for everybody."""
-
-    name: ClassVar[str] = "toy-widths"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.SALIENCE})
-    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.ASSIGNED})
-
-    def run(self, program: Program, context: Context) -> Program:
-        tensors = {"budget/bits": torch.tensor(10**6)}
-        for site in program.open_sites():
-            tensors[f"{site.name}/widths"] = torch.full((site.rows,), 8, dtype=torch.uint8)
-            tensors[f"{site.name}/planned_bits"] = torch.tensor(site.rows * site.columns * 8)
-        return program.with_tensors(tensors)
-
-
-@dataclass(frozen=True)
-class Do(Pass):
-    """Whatever the test says."""
-
-    name: ClassVar[str] = "do"
-
-    action: Callable[[Program], Any] = field(default=lambda program: program)
-
-    def run(self, program: Program, context: Context) -> Program:
-        return self.action(program)
-
-
-@dataclass(frozen=True)
-class Forget(Idle):
-    """Takes the salience away and says so."""
-
-    name: ClassVar[str] = "forget"
-    clobbers: ClassVar[frozenset[Fact]] = frozenset({Fact.SALIENCE})
-
-
-def relu_to_silu(program: Program) -> Program:
-    mutants.node_of(program, aten.relu.default).target = aten.silu.default
-    return mutants.recompiled(program)
+from mixcomp.protocol import Context
+from programs import PLAIN, build, own
+from toys import Do, Forget, Idle, Salience, Widths, relu_to_silu
 
 
 def fail(error: BaseException) -> Callable[[Program], Program]:
@@ -152,21 +84,21 @@ def test_a_pass_cannot_claim_facts_it_does_not_declare(program: Program) -> None
 
 
 def test_a_pass_must_keep_its_promise(program: Program) -> None:
-    with pytest.raises(InvariantError, match="^I10: .*salience"):
+    with pytest.raises(InvariantError, match=r"^I10: .*salience"):
         run(program, [Salience(-1.0)], Context())
 
 
 def test_facts_held_before_are_checked_again(program: Program) -> None:
     spoils = Do(lambda p: p.with_tensors({}, drop=frozenset({"layers.0.proj/salience"})))
-    with pytest.raises(InvariantError, match="^I10: ") as caught:
+    with pytest.raises(InvariantError, match=r"^I10: ") as caught:
         run(program, [Salience(), spoils], Context())
     assert "after pass do{" in str(caught.value)
     assert any("after toy-salience{scale=1.0}" in note for note in caught.value.__notes__)
 
 
 def test_the_input_is_checked_too() -> None:
-    broken = mutants.width_seven(decisions.decided())
-    with pytest.raises(InvariantError, match="^I11: "):
+    broken = table_mutants.width_seven(decisions.decided())
+    with pytest.raises(InvariantError, match=r"^I11: "):
         run(broken, [Idle()], Context())
 
 
@@ -207,7 +139,7 @@ def test_graph_edits_do_not_reach_the_input(program: Program) -> None:
 
 WRITERS: list[tuple[str, Callable[[Program], Program], int]] = [
     ("I08", mutants.written_in_place, 1),
-    ("I09", mutants.table_written_in_place, 1),
+    ("I09", table_mutants.table_written_in_place, 1),
     ("I08", mutants.written_behind_the_counter, 2),
 ]
 
@@ -227,12 +159,12 @@ def test_writes_to_dropped_tensors_are_caught_at_level_2() -> None:
         old.mul_(3)
         return new
 
-    with pytest.raises(InvariantError, match="^I08: pass do wrote"):
+    with pytest.raises(InvariantError, match=r"^I08: pass do wrote"):
         run(own(decisions.decided()), [Do(write_and_hide)], Context(), level=2)
 
 
 def test_edits_of_the_callers_graph_are_caught_at_level_2(program: Program) -> None:
-    with pytest.raises(InvariantError, match="^I08: pass do wrote"):
+    with pytest.raises(InvariantError, match=r"^I08: pass do wrote"):
         run(program, [Do(lambda clone: relu_to_silu(program) and clone)], Context(), level=2)
 
 
@@ -241,7 +173,7 @@ def test_check_level_comes_from_the_environment(program: Program, monkeypatch: p
     monkeypatch.setenv("MIXCOMP_CHECK", "0")
     run(program, [spoils], Context())
     monkeypatch.delenv("MIXCOMP_CHECK")
-    with pytest.raises(InvariantError, match="^I05"):
+    with pytest.raises(InvariantError, match=r"^I05"):
         run(program, [spoils], Context())
     monkeypatch.setenv("MIXCOMP_CHECK", "yes")
     with pytest.raises(ConfigError, match=r"MIXCOMP_CHECK='yes': allowed are 0"):

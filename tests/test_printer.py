@@ -9,17 +9,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-import decisions
 import pytest
-import strategies
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from mutants import MUTANTS, Mutant
-from programs import EVERYTHING, PLAIN, Values, build, own
 
+import decisions
+import strategies
 from mixcomp.printer import WHOLE_BYTES, Digests, body, digest, escape, render, tensor_digest, tensor_text, window
 from mixcomp.program import META, Program
+from mutants import Mutant
+from programs import EVERYTHING, PLAIN, Values, build, own
+from table_mutants import MUTANTS
 
 Golden = Callable[[str, str], None]
 DYADIC = replace(EVERYTHING, values=Values.DYADIC)

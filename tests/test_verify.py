@@ -18,8 +18,9 @@ from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context
 from mixcomp.snapshot import Case, Snapshot
 from mixcomp.verify import TABLE, check, checks_of
-from mutants import MUTANTS, Mutant
+from mutants import Mutant
 from programs import EVERYTHING, Blueprint, build, own
+from table_mutants import MUTANTS
 
 IDS = [f"I{n:02d}" for n in range(1, 17)]
 

@@ -1,0 +1,104 @@
+"""``AutoModelForCausalLM.from_pretrained(folder)`` for folders that ``mixcomp.save`` wrote.
+
+transformers builds the model, picks devices and moves tensors; this file swaps the compiled layers in beforehand and
+compares every tensor with its digest afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mixcomp import artifact, skeleton
+from mixcomp.errors import ArtifactError, ConfigError
+from mixcomp.files import sha256
+from mixcomp.format import VERSION
+from mixcomp.manifest import METHOD
+from mixcomp.shards import content
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from mixcomp.manifest import Manifest
+
+
+def register() -> None:
+    """Make transformers know ``quant_method: mixcomp``; calling it again changes nothing."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(MixCompConfig)
+        register_quantizer(METHOD)(MixCompQuantizer)
+
+
+class MixCompConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a config.json; what is stored how stands in the manifest."""
+
+    def __init__(self, quant_method: str = METHOD, format_version: int = VERSION) -> None:
+        self.quant_method = quant_method
+        self.format_version = format_version
+
+
+class MixCompQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Steps that transformers calls while it loads a saved folder."""
+
+    requires_calibration = True  # in transformers' words: plain models are refused
+    manifest: Manifest
+    folder: Path
+    dtype: torch.dtype
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Point transformers to our files; the one step between reading the config and looking for weights."""
+        config.transformers_weights = artifact.INDEX
+        self.dtype = config.dtype
+        return config
+
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The same step as transformers before 5.18 calls it."""
+        return self.update_attn_implementation(config)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Refuse another dtype than the stored one: cast, the tensors could not be compared with their digests."""
+        if dtype != self.dtype:
+            raise ConfigError(f"dtype {dtype}: the folder holds {self.dtype}; leave dtype out, then call model.to")
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        files = [Path(file) for file in kwargs["checkpoint_files"]]
+        self.folder = files[0].parent
+        self.manifest = artifact.open_folder(self.folder)
+        shards = {self.folder / name for name, listed in self.manifest.files.items() if listed.tensors}
+        if set(files) != shards:
+            raise ArtifactError(f"{artifact.INDEX}: names other files than the manifest; copy or save the folder again")
+        tensors = {name: tensor.like() for name, tensor in self.manifest.tensors.items()}
+        skeleton.exchange_modules(model, artifact.modules(self.manifest, tensors))
+        skeleton.check_names(model, [*tensors, *self.manifest.ties], self.manifest.buffers)
+        skeleton.assign(model, tensors, self.manifest.ties)  # so that transformers casts nothing
+        model._keep_in_fp32_modules = model._keep_in_fp32_modules_strict = set()
+        model.all_tied_weights_keys = dict(self.manifest.ties)
+        model._keys_to_ignore_on_load_unexpected = {re.escape(name) for name in self.manifest.buffers}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        stored = self.manifest.tensors
+        loaded = dict(model.state_dict(keep_vars=True))
+        for name, listed in stored.items():
+            if name in self.manifest.buffers:
+                continue
+            tensor = loaded[name]
+            if tensor.is_meta or tensor.dtype != listed.dtype or sha256(content(tensor)) != listed.sha256:
+                raise ArtifactError(f"tensor {name!r}: transformers did not load what is stored; use mixcomp.load")
+        artifact.finish(model, self.folder, self.manifest)
+        return model
+
+    def is_serializable(self) -> bool:
+        """False: ``mixcomp.save`` writes compiled models, ``save_pretrained`` refuses."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

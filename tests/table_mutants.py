@@ -1,0 +1,300 @@
+"""Planted bugs in decisions and stored tensors (I09-I16); importing this adds them to ``mutants.MUTANTS``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from decisions import DOWN, FLAT, GATE, PLANNED, PROJ, UP
+from mixcomp.program import Fact, Program, Site
+from mixcomp.snapshot import arguments
+from mutants import MUTANTS, changed, mutant, recompiled, with_site, with_tensor, without
+
+__all__ = ["MUTANTS"]
+
+
+# I09 tensors are owned, finite, contiguous, immutable
+
+
+@mutant("I09")
+def not_finite(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/gamma", lambda t: changed(t, 3, float("nan")))
+
+
+@mutant("I09")
+def infinite(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/factors", lambda t: changed(t, 0, float("inf")))
+
+
+@mutant("I09")
+def not_contiguous(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/salience", lambda t: t.t().contiguous().t())
+
+
+@mutant("I09")
+def owner_unknown(program: Program) -> Program:
+    return program.with_tensors({"layers.9.proj/gamma": torch.ones(3)})
+
+
+@mutant("I09")
+def table_written_in_place(program: Program) -> Program:
+    program.tensors[f"{PROJ}/gamma"].mul_(2)
+    return program
+
+
+# I10 statistics and salience
+
+
+@mutant("I10")
+def sigma_not_symmetric(program: Program) -> Program:
+    return with_tensor(program, f"{program.site(UP).input}/sigma", lambda t: changed(t, (0, 1), 1000.0))
+
+
+@mutant("I10")
+def sigma_negative(program: Program) -> Program:
+    return with_tensor(program, f"{program.site(UP).input}/sigma", lambda t: changed(t, (2, 2), -1.0))
+
+
+@mutant("I10")
+def sigma_missing(program: Program) -> Program:
+    return without(program, f"{program.site(DOWN).input}/sigma")
+
+
+@mutant("I10")
+def gamma_negative(program: Program) -> Program:
+    return with_tensor(program, f"{DOWN}/gamma", lambda t: changed(t, 0, -1e-9))
+
+
+@mutant("I10")
+def gamma_of_other_rows(program: Program) -> Program:
+    return with_tensor(program, f"{DOWN}/gamma", lambda t: t[1:].contiguous())
+
+
+@mutant("I10")
+def salience_negative(program: Program) -> Program:
+    return with_tensor(program, f"{DOWN}/salience", lambda t: changed(t, (0, 5), -1.0))
+
+
+@mutant("I10")
+def salience_lacks_a_width(program: Program) -> Program:
+    return with_tensor(program, f"{DOWN}/salience", lambda t: t[:, 1:].contiguous())
+
+
+# I11 one allowed width per row
+
+
+@mutant("I11")
+def width_seven(program: Program) -> Program:
+    return with_tensor(program, f"{FLAT}/widths", lambda t: changed(t, 0, 7))
+
+
+@mutant("I11")
+def widths_too_short(program: Program) -> Program:
+    return with_tensor(program, f"{FLAT}/widths", lambda t: t[1:].clone())
+
+
+@mutant("I11")
+def widths_as_integers(program: Program) -> Program:
+    return with_tensor(program, f"{FLAT}/widths", lambda t: t.long())
+
+
+@mutant("I11")
+def widths_out_of_scope(program: Program) -> Program:
+    return program.with_tensors({"lm_head/widths": torch.full((13,), 4, dtype=torch.uint8)})
+
+
+# I12 bits in scope within the budget
+
+
+@mutant("I12")
+def over_budget(program: Program) -> Program:
+    return with_tensor(program, "budget/bits", lambda t: t - 1)
+
+
+@mutant("I12")
+def promise_broken(program: Program) -> Program:
+    return with_tensor(program, f"{FLAT}/planned_bits", lambda t: t - 8)
+
+
+@mutant("I12")
+def budget_forgotten(program: Program) -> Program:
+    return without(program, "budget/bits")
+
+
+@mutant("I12")
+def more_stored_than_planned(program: Program) -> Program:
+    site = program.site(FLAT)
+    assert site.format is not None
+    return with_site(program, FLAT, format=replace(site.format, scatter=True)).with_tensors(
+        {f"{FLAT}/row_index": torch.arange(site.rows, dtype=torch.int16)}
+    )
+
+
+@mutant("I12")
+def left_alone_for_free(program: Program) -> Program:
+    """A site in scope that is left alone counts at its own size."""
+    return with_site(program, "lm_head", in_scope=True, reason="odd dtype")
+
+
+# I13 orders are bijections, absorptions agree
+
+
+@mutant("I13")
+def row_lost(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/row_order", lambda t: changed(t, 0, int(t[1])))
+
+
+@mutant("I13")
+def order_of_other_type(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/row_order", lambda t: t.int())
+
+
+@mutant("I13")
+def order_not_stable(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/row_order", lambda t: t[[1, 0, *range(2, 12)]])
+
+
+@mutant("I13")
+def order_makes_segments(program: Program) -> Program:
+    shuffled = torch.tensor([0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11])
+    widths = torch.tensor([4] * 6 + [5] * 6, dtype=torch.uint8)
+    unquantized = replace(with_site(program, FLAT, format=None), facts=PLANNED - {Fact.QUANTIZED, Fact.BRANCHED})
+    return unquantized.with_tensors({f"{FLAT}/row_order": shuffled, f"{FLAT}/widths": widths})
+
+
+@mutant("I13")
+def absorbed_order_makes_segments(program: Program) -> Program:
+    """One width for up and gate, in eight rows each: no order gives fewer segments, this one gives more."""
+    sorted_widths = torch.tensor([2, 2, 2, 2, 4, 4, 4, 4], dtype=torch.uint8)
+    changes = {f"{name}/widths": sorted_widths for name in (UP, GATE)}
+    sites = {name: replace(program.site(name), format=None) for name in (UP, GATE)}
+    unquantized = replace(program.with_sites(sites), facts=PLANNED - {Fact.QUANTIZED, Fact.BRANCHED})
+    return unquantized.with_tensors(changes)
+
+
+@mutant("I13")
+def columns_forgotten(program: Program) -> Program:
+    return without(program, f"{DOWN}/column_order")
+
+
+@mutant("I13")
+def columns_in_another_order(program: Program) -> Program:
+    return with_tensor(program, f"{DOWN}/column_order", lambda t: t.flip(0))
+
+
+@mutant("I13")
+def producers_disagree(program: Program) -> Program:
+    return with_tensor(program, f"{GATE}/row_order", lambda t: t.flip(0))
+
+
+# I14 stored tensors share one row order
+
+
+@mutant("I14")
+def index_in_another_order(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/row_index", lambda t: t.flip(0))
+
+
+@mutant("I14")
+def index_with_a_repeat(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/row_index", lambda t: changed(t, 0, int(t[1])))
+
+
+@mutant("I14")
+def segments_in_another_order(program: Program) -> Program:
+    fmt = program.site(PROJ).format
+    assert fmt is not None
+    return with_site(program, PROJ, format=replace(fmt, segments=fmt.segments[::-1]))
+
+
+@mutant("I14")
+def site_forgotten(program: Program) -> Program:
+    return with_site(program, FLAT, format=None)
+
+
+@mutant("I14")
+def factors_of_another_type(program: Program) -> Program:
+    return with_tensor(program, f"{FLAT}/factors", lambda t: t.bfloat16())
+
+
+# I15 side branches are thin and pay
+
+
+@mutant("I15")
+def branch_raises_the_loss(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/loss_after_branch", lambda t: t * 2)
+
+
+@mutant("I15")
+def branch_without_evidence(program: Program) -> Program:
+    return without(program, f"{PROJ}/loss_before_branch")
+
+
+@mutant("I15")
+def branch_as_thick_as_the_weight(program: Program) -> Program:
+    site = program.site(DOWN)
+    return _with_rank(program, site, min(site.rows, site.columns))
+
+
+def _with_rank(program: Program, site: Site, rank: int) -> Program:
+    assert site.format is not None
+    fmt = replace(site.format, rank=rank)
+    shapes = {k: v for k, v in fmt.tensors().items() if k.startswith("branch")}
+    more = fmt.stored_bits() - site.format.stored_bits()
+    tensors = {f"{site.name}/{k}": torch.ones(shape, dtype=dtype) for k, (dtype, shape) in shapes.items()}
+    tensors |= {key: program.tensors[key] + more for key in (f"{site.name}/planned_bits", "budget/bits")}
+    losses = {f"{site.name}/loss_{when}_branch": torch.tensor(1.0) for when in ("before", "after")}
+    return with_site(program, site.name, format=fmt).with_tensors({**tensors, **losses})
+
+
+# I16 lowered calls carry what is stored
+
+
+def lowered_node(program: Program, name: str) -> fx.Node:
+    return program.node(program.site(name).calls[0])
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    place = names.index(name)
+    if place < len(node.args):
+        node.update_arg(place, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+@mutant("I16", base="lowered")
+def segments_of_another_site(program: Program) -> Program:
+    set_argument(lowered_node(program, FLAT), "segments", [6, 4, 6, 4])
+    return recompiled(program)
+
+
+@mutant("I16", base="lowered")
+def columns_of_another_site(program: Program) -> Program:
+    set_argument(lowered_node(program, FLAT), "columns", 11)
+    return recompiled(program)
+
+
+@mutant("I16", base="lowered")
+def other_codes(program: Program) -> Program:
+    return with_tensor(program, f"{FLAT}/codes", lambda t: t ^ 1)
+
+
+@mutant("I16", base="lowered")
+def row_written_twice(program: Program) -> Program:
+    node = lowered_node(program, PROJ)
+    path = str(arguments(node)["row_index"].target)
+    folder, _, name = path.rpartition(".")
+    broken = changed(program.tensors[f"{PROJ}/row_index"], 0, 5)
+    setattr(program.graph_module.get_submodule(folder), name, broken)
+    return program
+
+
+@mutant("I16", base="lowered", level=2)
+def padding_not_zero(program: Program) -> Program:
+    """Written to the shared buffer, so graph and table agree; a kernel that trusts the padding would be wrong."""
+    program.tensors[f"{FLAT}/codes"][-1] = 255
+    return program

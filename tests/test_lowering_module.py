@@ -1,0 +1,131 @@
+"""``MixedLinear`` as a citizen of a module tree: state, moves, casts, copies and what it says about itself."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lowering_cases import case
+from mixcomp.lowering.module import MixedLinear
+
+SHAPE = [(4, 2), (16, 3), (13, 5)]
+
+
+def module(seed: int = 0, *, rank: int = 2, scatter: bool = True, bias: bool = True) -> MixedLinear:
+    made = case(SHAPE, 70, scatter=scatter, rank=rank, bias=bias, seed=seed)
+    return MixedLinear(made.weight, made.bias)
+
+
+def x(tokens: int = 3) -> torch.Tensor:
+    return torch.randn(tokens, 70, generator=torch.Generator().manual_seed(5))
+
+
+def bytes_of(layer: MixedLinear) -> dict[str, torch.Tensor]:
+    return {name: t.clone().view(torch.uint8) for name, t in layer.packed().tensors().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_computes_the_linear() -> None:
+    made = case(SHAPE, 70, scatter=True, rank=3, bias=True, dyadic=True)
+    layer = MixedLinear(made.weight, made.bias)
+    data = made.activations(2, 4, dyadic=True)
+    assert torch.equal(layer(data), made.product(data).float())
+    assert (layer.in_features, layer.out_features) == (70, 33)
+
+
+def test_state_has_the_names_of_the_format() -> None:
+    layer = module()
+    assert list(layer.state_dict()) == [*layer.fmt.tensors(), "bias"]
+    assert "row_index" not in module(scatter=False).state_dict()
+    assert list(module(rank=0, scatter=False, bias=False).state_dict()) == ["codes", "scales", "factors"]
+    assert not list(layer.parameters())
+    assert not any(b.requires_grad for b in layer.buffers())
+
+
+def test_its_tensors_are_the_packed_ones() -> None:
+    made = case(SHAPE, 70, scatter=True, rank=1)
+    layer = MixedLinear(made.weight)
+    assert all(t is made.weight.tensors()[name] for name, t in layer.packed().tensors().items())
+    assert layer.bias is None
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_round_trip_after_use(assign: bool) -> None:
+    source = module(0)
+    target = module(1)
+    assert not torch.equal(source(x()), target(x()))
+    target.load_state_dict(source.state_dict(), assign=assign)
+    assert torch.equal(source(x()), target(x()))
+
+
+def test_deepcopy_is_independent() -> None:
+    layer = module()
+    wanted = layer(x())
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x()), wanted)
+    twin.factors.zero_()
+    assert torch.equal(layer(x()), wanted)
+    assert not torch.equal(twin(x()), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float32])
+def test_casts_touch_the_bias_alone(dtype: torch.dtype) -> None:
+    layer = module()
+    before = bytes_of(layer)
+    parent = nn.Sequential(layer).to(dtype)
+    assert parent[0] is layer
+    assert layer.bias.dtype == layer.weight.dtype == dtype
+    assert same(bytes_of(layer), before)
+    assert layer(x().to(dtype)).dtype == dtype
+
+
+def test_shorthand_casts_and_moves() -> None:
+    layer = module()
+    before = bytes_of(layer)
+    assert same(bytes_of(layer.half().bfloat16().double().float().cpu()), before)
+    assert layer.bias.dtype == torch.float32
+    empty = copy.deepcopy(layer).to("meta")
+    assert {b.device.type for b in empty.buffers()} == {"meta"}
+    assert (empty.factors.dtype, empty.branch_scale.dtype) == (torch.float16, torch.float32)
+    with torch.device("cpu"):
+        filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(layer.state_dict())
+    assert torch.equal(filled(x()), layer(x()))
+
+
+def test_a_failed_move_leaves_it_whole() -> None:
+    layer = module()
+    before, wanted = bytes_of(layer), layer(x())
+
+    def fail(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.int32:
+            raise RuntimeError("out of memory")
+        return tensor
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer._apply(fail)
+    assert same(bytes_of(layer), before)
+    assert torch.equal(layer(x()), wanted)
+
+
+def test_weight_tells_shape_dtype_and_device_and_cannot_be_computed_with() -> None:
+    layer = module()
+    weight = layer.weight
+    assert (weight.shape, weight.dtype, weight.device) == ((33, 70), torch.float32, torch.device("cpu"))
+    assert MixedLinear(case(SHAPE, 70).weight, None, torch.bfloat16).weight.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="OriginalWeight"):
+        nn.functional.linear(x(), weight)
+    with pytest.raises(KeyError, match="weight"):
+        layer.weight = nn.Parameter(torch.zeros(33, 70))
+
+
+def test_repr_is_one_short_line() -> None:
+    bits = module().fmt.stored_bits() / (33 * 70)
+    assert repr(module()) == f"MixedLinear(70 -> 33, {bits:.2f} bits (2x4 3x16 5x13), scatter, rank 2)"
+    assert repr(module(rank=0, scatter=False)).endswith("(2x4 3x16 5x13), rank 0)")
