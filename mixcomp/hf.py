@@ -23,8 +23,7 @@ from mixcomp.shards import content
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from mixcomp.manifest import Manifest
 
@@ -36,15 +35,15 @@ def register() -> None:
         register_quantizer(METHOD)(MixCompQuantizer)
 
 
-class MixCompConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class MixCompConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a config.json; what is stored how stands in the manifest."""
 
     def __init__(self, quant_method: str = METHOD, format_version: int = VERSION) -> None:
-        self.quant_method = quant_method
+        self.quant_method: Any = quant_method
         self.format_version = format_version
 
 
-class MixCompQuantizer(HfQuantizer):  # type: ignore[misc]
+class MixCompQuantizer(HfQuantizer):
     """Steps that transformers calls while it loads a saved folder."""
 
     requires_calibration = True  # in transformers' words: plain models are refused
@@ -52,13 +51,13 @@ class MixCompQuantizer(HfQuantizer):  # type: ignore[misc]
     folder: Path
     dtype: torch.dtype
 
-    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+    def update_attn_implementation(self, config: Any) -> Any:
         """Point transformers to our files; the one step between reading the config and looking for weights."""
         config.transformers_weights = artifact.INDEX
         self.dtype = config.dtype
         return config
 
-    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+    def update_tp_plan(self, config: Any) -> Any:
         """The same step as transformers before 5.18 calls it."""
         return self.update_attn_implementation(config)
 
@@ -68,20 +67,22 @@ class MixCompQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ConfigError(f"dtype {dtype}: the folder holds {self.dtype}; leave dtype out, then call model.to")
         return dtype
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = [Path(file) for file in kwargs["checkpoint_files"]]
         self.folder = files[0].parent
         self.manifest = artifact.open_folder(self.folder)
-        shards = {self.folder / name for name, listed in self.manifest.files.items() if listed.tensors}
-        if set(files) != shards:
+        if set(files) != {self.folder / name for name, listed in self.manifest.files.items() if listed.tensors}:
             raise ArtifactError(f"{artifact.INDEX}: names other files than the manifest; copy or save the folder again")
         tensors = {name: tensor.like() for name, tensor in self.manifest.tensors.items()}
         skeleton.exchange_modules(model, artifact.modules(self.manifest, tensors))
         skeleton.check_names(model, [*tensors, *self.manifest.ties], self.manifest.buffers)
-        skeleton.assign(model, tensors, self.manifest.ties)  # so that transformers casts nothing
+        skeleton.assign(model, tensors, self.manifest.ties)  # transformers casts to the dtypes it finds
         model._keep_in_fp32_modules = model._keep_in_fp32_modules_strict = set()
         model.all_tied_weights_keys = dict(self.manifest.ties)
         model._keys_to_ignore_on_load_unexpected = {re.escape(name) for name in self.manifest.buffers}
+        for module in model.modules():
+            # only buffers outside the state are left to initialize; GPT-2 would draw its c_proj.weight anew
+            module._is_hf_initialized = not module._non_persistent_buffers_set
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         stored = self.manifest.tensors

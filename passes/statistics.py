@@ -16,6 +16,8 @@ from mixcomp.protocol import Context, Pass
 
 #: bytes of activations one backward pass may keep alive
 BACKWARD_BYTES = 8 << 30
+#: tokens of context that a window of the backward pass keeps at least
+SHORTEST = 256
 #: tokens of one forward pass without gradients
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 
@@ -50,8 +52,9 @@ class CollectStatistics(Pass):
         if not context.batches:
             raise CalibrationError("collect-statistics has no calibration tokens; give at least one batch")
         sites = {s.name: s for s in program.open_sites()}
-        sigma = _second_moments(program, sites, context)
+        # the backward pass comes first: its activations and the second moments never share the memory
         gamma = _output_sensitivity(program, sites, context, self.gradient_tokens)
+        sigma = _second_moments(program, sites, context)
         return program.with_tensors({**sigma, **gamma})
 
 
@@ -154,11 +157,11 @@ def _logits(output: Any) -> torch.Tensor:
 
 def _gradient_batches(program: Program, context: Context, gradient_tokens: int) -> list[torch.Tensor]:
     per_token = 3 * sum((s.rows + s.columns) * s.weight.dtype.itemsize for s in program.sites)
-    at_once = max(1, BACKWARD_BYTES // max(per_token, 1))
+    limit = min(BACKWARD_BYTES // max(per_token, 1), FORWARD_TOKENS[context.device.type])
     length = context.batches[0].shape[1]
-    samples = max(1, gradient_tokens // length)
-    limit = min(at_once, FORWARD_TOKENS[context.device.type])
-    return _resize(context.batches, limit, samples)
+    batches = _resize(context.batches, limit, max(1, gradient_tokens // length))
+    shortest = max(limit, SHORTEST)  # windows of a model too large for whole ones are cut, and end pieces dropped
+    return [piece for b in batches for piece in b.split(shortest, 1) if piece.shape[1] == min(shortest, length)]
 
 
 def _resize(batches: tuple[torch.Tensor, ...], tokens: int, samples: int | None = None) -> list[torch.Tensor]:

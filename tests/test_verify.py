@@ -49,7 +49,7 @@ def test_sound_programs_pass(kind: str) -> None:
     check(program.clone(), level=2, before=program)
 
 
-@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=5, phases=[Phase.explicit, Phase.generate])
 @given(strategies.blueprints())
 def test_hand_built_programs_pass(blueprint: Blueprint) -> None:
     check(build(blueprint), level=2)
