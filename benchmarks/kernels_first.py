@@ -9,7 +9,9 @@ widths and scatters its rows.  Every kernel is compared with fp32 before it is t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,44 +81,62 @@ def dense_time(rows: int, columns: int, x: torch.Tensor) -> float:
 
 def packed_time(site: PackedWeight, x: torch.Tensor, tile: tiles.Tile | None) -> float:
     """One launch over the site's segments."""
-    names = ("row_index", "branch_a", "branch_b", "branch_scale")
 
     def call(weight: PackedWeight) -> torch.Tensor:
-        side = [getattr(weight, name) for name in names]
-        return launch.mixed_linear(x, weight.codes, weight.scales, weight.factors, *side, None, weight.fmt, tile=tile)
+        return linear(weight, x, tile)
 
     wanted = x.float() @ site.dequantize().T
     worst = ((call(site).float() - wanted).abs().max() / wanted.abs().max()).item()
     if not worst < 2e-3:
         raise SystemExit(f"wrong result: {worst:.1e} of the largest output, {site.fmt.segments}, {tile}")
-    copies = 1 + TRAFFIC // (site.stored_bits() // 8)
-    fresh = [site, *(PackedWeight.from_tensors(site.fmt, {k: v.clone() for k, v in site.tensors().items()}) for _ in range(copies - 1))]
-    return median_time([lambda w=w: call(w) for w in fresh])
+    copies = [site]
+    for _ in range(TRAFFIC // (site.stored_bits() // 8)):
+        copies.append(PackedWeight.from_tensors(site.fmt, {k: v.clone() for k, v in site.tensors().items()}))
+    return median_time([lambda w=w: call(w) for w in copies])
+
+
+def linear(weight: PackedWeight, x: torch.Tensor, tile: tiles.Tile | None = None) -> torch.Tensor:
+    side = [weight.row_index, weight.branch_a, weight.branch_b, weight.branch_scale]
+    return launch.mixed_linear(x, weight.codes, weight.scales, weight.factors, *side, None, weight.fmt, tile=tile)
+
+
+def host_time(call: Callable[[], torch.Tensor], calls: int = 500) -> float:
+    """Microseconds of processor time an eager call takes."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    took = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return took / calls * 1e6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sweep", action="store_true", help="also time other tiles, on the mix")
+    parser.add_argument("--sweep", action="store_true", help="also time other tiles, on 4 bits")
     parser.add_argument("--kinds", nargs="*", default=["4", "2", "mixed"])
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    rows_out = []
-    for name, (rows, columns) in SHAPES.items():
-        for tokens in TOKENS:
-            x = torch.randn(tokens, columns, dtype=torch.float16, device="cuda")
-            dense = dense_time(rows, columns, x)
-            for kind in args.kinds:
-                fmt = SiteFormat(rows, columns, segments(rows, kind), scatter=kind == "mixed")
-                site = random_site(fmt)
-                for tile in [None, *(SWEEP[tokens] if args.sweep and kind == "mixed" else [])]:
-                    took = packed_time(site, x, tile)
-                    gbs = site.stored_bits() / 8e3 / took
-                    rows_out.append([name, tokens, kind, str(tile or "chosen"), dense, took, dense / took, gbs])
-                    print(f"{name:8} M={tokens:<4} {kind:6} fp16 {dense:7.1f} us  ours {took:7.1f} us  {dense / took:5.2f}x "
-                          f"{gbs:6.0f} GB/s  {tile or ''}", flush=True)
+    results = []
+    for name, tokens, kind in itertools.product(args.shapes, TOKENS, args.kinds):
+        rows, columns = SHAPES[name]
+        x = torch.randn(tokens, columns, dtype=torch.float16, device="cuda")
+        dense = dense_time(rows, columns, x)
+        site = random_site(SiteFormat(rows, columns, segments(rows, kind), scatter=kind == "mixed"))
+        for tile in [None, *(SWEEP[tokens] if args.sweep and kind == "4" else [])]:
+            took = packed_time(site, x, tile)
+            rate = site.stored_bits() / 8e3 / took
+            results.append([name, tokens, kind, str(tile or "chosen"), dense, took, dense / took, rate])
+            print(f"{name:8} M={tokens:<4} {kind:6} fp16 {dense:7.1f} us  ours {took:7.1f} us", end="  ")
+            print(f"{dense / took:5.2f}x {rate:6.0f} GB/s  {tile or ''}", flush=True)
+    host = host_time(lambda: linear(site, x))
+    weight = torch.randn(columns, columns, dtype=x.dtype, device="cuda")
+    print(f"host time of an eager call: ours {host:.0f} us, F.linear", end=" ")
+    print(f"{host_time(lambda: torch.nn.functional.linear(x, weight)):.0f} us")
     if args.out:
-        args.out.write_text(json.dumps(rows_out))
+        args.out.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mixcomp.format import PLANES
+
 #: 2**23: fp32 numbers from here on count in ones, so that ``pattern | n`` is the float ``2**23 + n``
 ONES = tl.constexpr(8388608.0)
 ONES_PATTERN = tl.constexpr(0x4B000000)
@@ -35,6 +37,12 @@ COLUMN_UNIT = tl.constexpr(256)
 TOKEN_UNIT = tl.constexpr(8)
 #: ranks of the side branch that one step of the epilogue takes
 RANK_STEP = tl.constexpr(16)
+
+
+@triton.constexpr_function
+def wide_bits(width):
+    """Bits of a width's first plane, the wider one where there are two."""
+    return PLANES[width][0]
 
 
 @triton.jit
@@ -54,10 +62,11 @@ def spread(x, TIMES: tl.constexpr):
 def load_words(words, scales, wide_row, narrow_row, scale_row, first, groups, WIDTH: tl.constexpr, N: tl.constexpr):
     """Words ``first .. first + N`` of some rows: (wide plane, narrow plane, group scale), int32, int32, fp32[rows, N].
 
-    The narrow plane is shifted so that its bits for a wide word are the lowest.  ``wide_row``, ``narrow_row`` and ``scale_row`` are 64-bit offsets of the rows, [rows, 1].  N is a multiple of the
-    words of two groups, because two group scales share a byte.
+    The narrow plane is shifted so that its bits for a wide word are the lowest.  ``wide_row``, ``narrow_row`` and
+    ``scale_row`` are 64-bit offsets of the rows, [rows, 1].  N is a multiple of the words of two groups, because two
+    group scales share a byte.
     """
-    WIDE: tl.constexpr = 8 if WIDTH == 8 else (4 if WIDTH >= 4 else 2)
+    WIDE: tl.constexpr = wide_bits(WIDTH)
     NARROW: tl.constexpr = WIDTH - WIDE
     w = (first + tl.arange(0, N))[None, :]
     wide = tl.load(words + wide_row + w, mask=w < groups * WIDE, other=0)
@@ -84,7 +93,7 @@ def levels(code, WIDTH: tl.constexpr):
 @triton.jit
 def merge(wide, narrow, WIDTH: tl.constexpr):
     """The code whose bits are the lowest of ``wide`` and ``narrow``, int32."""
-    WIDE: tl.constexpr = 8 if WIDTH == 8 else (4 if WIDTH >= 4 else 2)
+    WIDE: tl.constexpr = wide_bits(WIDTH)
     code = wide & ((1 << WIDE) - 1)
     if WIDTH > WIDE:
         code |= (narrow & ((1 << (WIDTH - WIDE)) - 1)) << WIDE
@@ -97,7 +106,7 @@ def unfold(wide, narrow, scale, WIDTH: tl.constexpr):
 
     Halving the words by joins keeps all columns of a word in the thread that holds it.
     """
-    WIDE: tl.constexpr = 8 if WIDTH == 8 else (4 if WIDTH >= 4 else 2)
+    WIDE: tl.constexpr = wide_bits(WIDTH)
     ROWS: tl.constexpr = wide.shape[0]
     COLUMNS: tl.constexpr = wide.shape[1] * (32 // WIDE)
     for i in tl.static_range(1, 5):
@@ -114,7 +123,7 @@ def load_x(x, token_row, column, token_keep, columns, x_column, ALIGNED: tl.cons
     inside = token_keep & (column < columns)
     if ALIGNED:
         return tl.load(x + token_row + column, mask=inside, other=0)
-    else:  # noqa: RET505
+    else:
         return tl.load(x + token_row + offsets(column, x_column), mask=inside, other=0)
 
 
@@ -127,7 +136,7 @@ def row_sums(
 
     The fields of a word are the first axis of the products, which Triton keeps inside a thread.
     """
-    WIDE: tl.constexpr = 8 if WIDTH == 8 else (4 if WIDTH >= 4 else 2)
+    WIDE: tl.constexpr = wide_bits(WIDTH)
     FIELDS: tl.constexpr = 32 // WIDE
     WORDS: tl.constexpr = COLUMNS // FIELDS
     field = tl.arange(0, FIELDS)
@@ -153,7 +162,7 @@ def tile_sums(
 
     The weight is the left operand, which Hopper's matrix instructions can take from registers.
     """
-    WIDE: tl.constexpr = 8 if WIDTH == 8 else (4 if WIDTH >= 4 else 2)
+    WIDE: tl.constexpr = wide_bits(WIDTH)
     FIELDS: tl.constexpr = 32 // WIDE
     WORDS: tl.constexpr = COLUMNS // FIELDS
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -225,9 +234,9 @@ def mixed_linear_kernel(
 
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for W in tl.static_range(2, 9):
-        if (WIDTHS >> W) & 1:
+        if (WIDTHS >> W) & 1:  # noqa: SIM102 - known when compiled; the next is not
             if width == W:
-                WIDE: tl.constexpr = 8 if W == 8 else (4 if W >= 4 else 2)
+                WIDE: tl.constexpr = wide_bits(W)
                 wide_row = offsets(tl.load(entry + 3) + lane * WIDE, groups)[:, None]
                 narrow_row = offsets(tl.load(entry + 4) + lane * (W - WIDE), groups)[:, None]
                 if TOKENS == 1:

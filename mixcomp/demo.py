@@ -33,7 +33,7 @@ class Size:
 
 
 #: small enough that a 135M model takes a few minutes on two CPU cores
-SIZES = {"cpu": Size((24, 256), (4, 512)), "gpu": Size((128, 1024), (16, 2048))}
+SIZES = {"cpu": Size((16, 256), (4, 512)), "gpu": Size((128, 1024), (16, 2048))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,13 @@ def check_name(name: object) -> str:
 
 
 def open_regular(folder: Path, name: str) -> BinaryIO:
-    """Open a regular file of a folder, unbuffered; links, pipes and folders are an ``ArtifactError``."""
+    """Open a regular file of a folder, unbuffered; links, pipes, devices and folders are an ``ArtifactError``.
+
+    One kind of link is followed: those of a Hugging Face cache, from ``snapshots/<revision>`` into its ``blobs``.
+    """
     path = folder / check_name(name)
+    if path.is_symlink() and path.resolve().parent == folder.resolve().parent.parent / "blobs":
+        path = path.resolve()
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:

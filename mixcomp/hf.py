@@ -14,11 +14,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mixcomp import artifact, skeleton
+from mixcomp import restore, skeleton
 from mixcomp.errors import ArtifactError, ConfigError
 from mixcomp.files import sha256
 from mixcomp.format import VERSION
-from mixcomp.manifest import METHOD
+from mixcomp.manifest import INDEX, METHOD
 from mixcomp.shards import content
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class MixCompQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Point transformers to our files; the one step between reading the config and looking for weights."""
-        config.transformers_weights = artifact.INDEX
-        self.dtype = config.dtype
+        config.transformers_weights = INDEX
         return config
 
     def update_tp_plan(self, config: Any) -> Any:
@@ -62,21 +61,22 @@ class MixCompQuantizer(HfQuantizer):
         return self.update_attn_implementation(config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Refuse another dtype than the stored one: cast, the tensors could not be compared with their digests."""
-        if dtype != self.dtype:
-            raise ConfigError(f"dtype {dtype}: the folder holds {self.dtype}; leave dtype out, then call model.to")
+        """Note the dtype asked for; by default it is that of the config."""
+        self.dtype = dtype
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = [Path(file) for file in kwargs["checkpoint_files"]]
         self.folder = files[0].parent
-        self.manifest = artifact.open_folder(self.folder)
+        self.manifest = restore.open_folder(self.folder)
         if set(files) != {self.folder / name for name, listed in self.manifest.files.items() if listed.tensors}:
-            raise ArtifactError(f"{artifact.INDEX}: names other files than the manifest; copy or save the folder again")
+            raise ArtifactError(f"{INDEX}: names other files than the manifest; copy or save the folder again")
         tensors = {name: tensor.like() for name, tensor in self.manifest.tensors.items()}
-        skeleton.exchange_modules(model, artifact.modules(self.manifest, tensors))
+        skeleton.exchange_modules(model, restore.modules(self.manifest, tensors))
         skeleton.check_names(model, [*tensors, *self.manifest.ties], self.manifest.buffers)
         skeleton.assign(model, tensors, self.manifest.ties)  # transformers casts to the dtypes it finds
+        if self.dtype != model.dtype:
+            raise ConfigError(f"dtype {self.dtype}: the folder holds {model.dtype}; leave dtype out, then use model.to")
         model._keep_in_fp32_modules = model._keep_in_fp32_modules_strict = set()
         model.all_tied_weights_keys = dict(self.manifest.ties)
         model._keys_to_ignore_on_load_unexpected = {re.escape(name) for name in self.manifest.buffers}
@@ -93,7 +93,7 @@ class MixCompQuantizer(HfQuantizer):
             tensor = loaded[name]
             if tensor.is_meta or tensor.dtype != listed.dtype or sha256(content(tensor)) != listed.sha256:
                 raise ArtifactError(f"tensor {name!r}: transformers did not load what is stored; use mixcomp.load")
-        artifact.finish(model, self.folder, self.manifest)
+        restore.finish(model, self.folder, self.manifest)
         return model
 
     def is_serializable(self) -> bool:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 MANIFEST = "mixcomp.json"
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
+PLAN = "plan.json"
+INDEX = "mixcomp.safetensors.index.json"  #: for transformers, which looks for tensors there
 METHOD = "mixcomp"  #: ``quant_method`` in config.json
 MAX_MANIFEST = 1 << 26  #: bytes
 

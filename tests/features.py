@@ -105,3 +105,22 @@ class Chain:
         self.builder.graph.output((out, *also) if also else out)
         module = fx.GraphModule(self.builder.root, self.builder.graph, "Chain")
         return Program(module, tuple(self.builder.sites.values()))
+
+
+def heads(c: Chain, x: fx.Node, count: int = 3, size: int = 4) -> fx.Node:
+    """[B, T, count * size] -> [B, count, T, size]"""
+    return c.call(aten.transpose.int, c.call(aten.view.default, x, [BATCH, LENGTH, count, size]), 1, 2)
+
+
+def merged(c: Chain, x: fx.Node) -> fx.Node:
+    """[B, T, ...] -> [B, T, features]"""
+    return c.call(aten.reshape.default, x, [BATCH, LENGTH, -1])
+
+
+def attention(copies: int = 1, size: int = 4) -> Program:
+    """Attention with three key and value heads of ``size`` features, each read by ``copies`` query heads."""
+    chain = Chain(rows=3 * size)
+    q = heads(chain, chain.site(chain.x, "q", 3 * size * copies), 3 * copies, size)
+    k, v = (heads(chain, chain.site(chain.x, name), 3, size) for name in "kv")
+    out = chain.call(aten.scaled_dot_product_attention.default, q, k, v, enable_gqa=copies > 1)
+    return chain.finish(merged(chain, chain.call(aten.transpose.int, out, 1, 2)))

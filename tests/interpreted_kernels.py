@@ -14,8 +14,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_cases import EDGES, Case, dyadic, exact, random_format
 
+from kernel_cases import EDGES, Case, dyadic, exact, random_format
 from mixcomp.errors import InputError
 from mixcomp.format import WIDTHS, Segment, SiteFormat
 from mixcomp.kernels import launch, tiles
@@ -54,9 +54,7 @@ def run(weight, x, bias, *, behind=True, tile=None):
     tensors = {"row_index": None, "branch_a": None, "branch_b": None, "branch_scale": None, **weight.tensors()}
     tensors = {name: fenced(tensor, behind=behind) for name, tensor in tensors.items()}
     out = fenced(torch.full((x.shape[0], weight.fmt.rows), torch.nan, dtype=x.dtype), behind=behind)
-    result = launch.mixed_linear(
-        x, **tensors, bias=fenced(bias, behind=behind), fmt=weight.fmt, out=out, tile=tile
-    )
+    result = launch.mixed_linear(x, **tensors, bias=fenced(bias, behind=behind), fmt=weight.fmt, out=out, tile=tile)
     assert result is out
     return out
 

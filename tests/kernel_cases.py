@@ -31,9 +31,7 @@ class Case:
 
 def random_format(rng: random.Random, columns: int, *, segments: int, most_rows: int, rank: int) -> SiteFormat:
     """Random widths (a width may recur) and rows, one-row segments often."""
-    parts = tuple(
-        Segment(rng.choice((1, 1, rng.randint(1, most_rows))), rng.choice(WIDTHS)) for _ in range(segments)
-    )
+    parts = tuple(Segment(rng.choice((1, 1, rng.randint(1, most_rows))), rng.choice(WIDTHS)) for _ in range(segments))
     rows = sum(part.rows for part in parts)
     return SiteFormat(rows, columns, parts, rng.random() < 0.5, min(rank, rows, columns))
 
@@ -54,8 +52,8 @@ def random_weight(fmt: SiteFormat, generator: torch.Generator, *, dyadic: bool) 
         tensors["row_index"] = torch.randperm(fmt.rows, generator=generator).to(fmt.index_dtype)
     if fmt.rank:
         most = 3 if dyadic else 127
-        tensors["branch_a"] = torch.randint(-most, most + 1, (fmt.rows, fmt.rank), generator=generator).to(torch.int8)
-        tensors["branch_b"] = torch.randint(-most, most + 1, (fmt.rank, fmt.columns), generator=generator).to(torch.int8)
+        for name, shape in (("branch_a", (fmt.rows, fmt.rank)), ("branch_b", (fmt.rank, fmt.columns))):
+            tensors[name] = torch.randint(-most, most + 1, shape, generator=generator).to(torch.int8)
         exponents = torch.randint(-8, -5, (fmt.rank,), generator=generator).float()
         tensors["branch_scale"] = exponents.exp2() if dyadic else torch.rand(fmt.rank, generator=generator) * 1e-5
     return PackedWeight.from_tensors(fmt, tensors)

@@ -32,7 +32,7 @@ from mixcomp.program import META, Fact, Program, Site
 from mixcomp.protocol import Context, Pass, Semantics
 from mixcomp.snapshot import Snapshot, arguments, is_linear, is_mixed, signature
 from mixcomp.verify import check
-from programs import ABSORBING, EVERYTHING, GATED, Blueprint, build, context, own, tokens
+from programs import ABSORBING, EVERYTHING, GATED, THIN, Blueprint, build, context, own, tokens
 
 PASSES: tuple[type[Pass], ...] = (*PIPELINE, LowerLinears)
 #: whole pipelines are slow next to single functions
@@ -76,7 +76,7 @@ def stage(blueprint: Blueprint, number: int) -> Stage:
 @cache
 def pool() -> tuple[Blueprint, ...]:
     """The same examples for all laws, so that each goes through the pipeline once."""
-    found = [GATED, ABSORBING, EVERYTHING]
+    found = [GATED, ABSORBING, EVERYTHING, THIN]
 
     @settings(max_examples=EXAMPLES, phases=[Phase.generate])
     @given(strategies.blueprints(max_layers=2))

@@ -254,6 +254,8 @@ GATED = Blueprint((Layer(Kind.GATED, 64), Layer(Kind.PLAIN, 33, bias=True)))
 PLAIN = Blueprint((Layer(Kind.PLAIN, 16),))
 #: its rows are many enough for ``down`` to absorb the order of ``up``
 ABSORBING = Blueprint((Layer(Kind.RESIDUAL, 96, bias=True), Layer(Kind.PLAIN, 40)), seed=3)
+#: its smaller side leaves no room for a side branch
+THIN = Blueprint((Layer(Kind.RESIDUAL, 32),), width=1, vocab=3, seed=1)
 EVERYTHING = Blueprint(
     (
         Layer(Kind.RESIDUAL, 48, bias=True),

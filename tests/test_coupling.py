@@ -8,7 +8,7 @@ from operator import mul
 import families
 import pytest
 import torch
-from features import Chain, Model, shuffle
+from features import Chain, Model, attention, heads, merged, shuffle
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import Blueprint, Kind, Layer, build
@@ -28,10 +28,8 @@ MLP = "gate_proj up_proj > down_proj 128 1"
 EXPECTED: dict[str, tuple[dict[str, int], set[str]]] = {
     "llama": ({"num_hidden_layers": 1}, {MLP, "v_proj > o_proj 16 2"}),
     "qwen2": ({"num_hidden_layers": 1, "num_key_value_heads": 1}, {MLP, "v_proj > o_proj 16 4"}),
-    "phi": ({"num_hidden_layers": 1}, {"fc1 > fc2 128 1", "v_proj > dense 16 1"}),
     "gpt2": ({"n_layer": 1}, {"c_fc > c_proj 256 1"}),
     "opt": ({"num_hidden_layers": 1}, {"fc1 > fc2 128 1", "v_proj > out_proj 16 1"}),
-    "gpt_neox": ({"num_hidden_layers": 1}, {"dense_h_to_4h > dense_4h_to_h 128 1"}),
 }
 
 
@@ -74,15 +72,6 @@ def test_real_architectures(family: str) -> None:
 def chain_of(between: Callable[[Chain, fx.Node], fx.Node]) -> Program:
     chain = Chain()
     return chain.finish(between(chain, chain.site(chain.x, "a")))
-
-
-def heads(c: Chain, x: fx.Node, count: int = 3) -> fx.Node:
-    """[B, T, 4 * count] -> [B, count, T, 4]"""
-    return c.call(aten.transpose.int, c.call(aten.view.default, x, [2, 5, count, 4]), 1, 2)
-
-
-def merged(c: Chain, x: fx.Node) -> fx.Node:
-    return c.call(aten.reshape.default, x, [2, 5, -1])
 
 
 def repeated(c: Chain, x: fx.Node, at: int) -> fx.Node:
@@ -183,15 +172,6 @@ def test_operations_that_fix_the_order(case: str) -> None:
     couplings = analyse(chain_of(FIXED[case]))
     assert couplings.absorptions == ()
     assert "fixed by aten" in couplings.scattered["a"] or "fixed by mixcomp" in couplings.scattered["a"]
-
-
-def attention(copies: int = 1) -> Program:
-    """Attention with three key and value heads of four features, each read by ``copies`` query heads."""
-    chain = Chain()
-    q = heads(chain, chain.site(chain.x, "q", 12 * copies), 3 * copies)
-    k, v = (heads(chain, chain.site(chain.x, name)) for name in "kv")
-    out = chain.call(aten.scaled_dot_product_attention.default, q, k, v, enable_gqa=copies > 1)
-    return chain.finish(merged(chain, chain.call(aten.transpose.int, out, 1, 2)))
 
 
 @pytest.mark.parametrize("copies", [1, 2])

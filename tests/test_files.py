@@ -279,6 +279,21 @@ def test_only_regular_files_are_opened(tmp_path: Path, kind: str, message: str) 
     assert str(tmp_path / "x") in str(caught.value)
 
 
+def test_links_of_a_hub_cache_are_followed_and_no_others(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "f00", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "abc").write_bytes(b"blob")
+    (tmp_path / "secret").write_bytes(b"secret")
+    (blobs / "hop").symlink_to(tmp_path / "secret")
+    for name, place in {"x": "../../blobs/abc", "out": "../../../secret", "hop": "../../blobs/hop"}.items():
+        (snapshot / name).symlink_to(place)
+    assert files.read_whole(snapshot, "x", 10) == b"blob"
+    for name in ("out", "hop"):
+        with pytest.raises(ArtifactError, match="symbolic link"):
+            files.open_regular(snapshot, name)
+
+
 def test_devices_are_not_opened() -> None:
     with pytest.raises(ArtifactError, match="not a regular file"):
         files.open_regular(Path("/dev"), "null")

@@ -1,6 +1,6 @@
-"""The kernels on a CUDA device: ``pytest -m gpu tests/test_kernels_gpu.py`` (the first run compiles for a minute or so).
+"""The kernels on a CUDA device: ``pytest -m gpu tests/test_kernels_gpu.py``.
 
-Each parameter of a test is one compiled kernel, so ``-n`` compiles in parallel.
+Each parameter of the first test is one kernel to compile, so ``-n`` compiles in parallel.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import random
 
 import pytest
 import torch
-from kernel_cases import EDGES, Case, dyadic, exact, magnitude, product, random_format, random_weight
 
+from kernel_cases import EDGES, Case, dyadic, exact, magnitude, product, random_format, random_weight
 from mixcomp.format import WIDTHS, Segment, SiteFormat
 
 pytestmark = [

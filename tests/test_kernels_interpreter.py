@@ -1,4 +1,4 @@
-"""Kernels without a GPU: the tile table as arithmetic, the kernels under Triton's interpreter in a process of its own."""
+"""Kernels without a GPU: the tile table as arithmetic, the kernels under Triton's interpreter in their own process."""
 
 from __future__ import annotations
 
@@ -73,10 +73,11 @@ def test_one_kernel_serves_all_mixes():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton exists for Linux only")
 def test_the_kernels_under_the_interpreter():
-    assert importlib.util.find_spec("triton"), "triton is not installed; on Linux it is one of mixcomp's dependencies"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")]
+    assert importlib.util.find_spec("triton"), "triton is missing; on Linux it is one of mixcomp's dependencies"
+    tests = str(HERE / "interpreted_kernels.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=1200, check=False)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert passed, done.stdout[-2000:]

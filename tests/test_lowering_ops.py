@@ -143,6 +143,17 @@ def test_going_back_through_it_is_an_error(compiled: bool) -> None:
         assert not run(x).requires_grad
 
 
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_form_made_in_inference_mode_serves_everywhere(tokens: int) -> None:
+    made = case([(16, 3), (17, 5)], 70, scatter=True, rank=2, bias=True, dyadic=True)
+    x = made.activations(tokens, dyadic=True)
+    with torch.inference_mode():
+        first = call(made, x)
+    with torch.no_grad():
+        assert torch.equal(call(made, x), first)
+    assert torch.equal(call(made, x.requires_grad_()), first)
+
+
 def test_autocast_does_not_round_inside() -> None:
     made = case([(33, 6)], 129)
     x = made.activations(20)
