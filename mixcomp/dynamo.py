@@ -38,7 +38,10 @@ def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Pro
     given = dict(zip((n for n in graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
     sites: dict[fx.Node, Site] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for node in graph.nodes:
+    for node in list(graph.nodes):
+        if node.target is torch._C._log_api_usage_once:  # torch counts its own API calls; no business of a graph
+            graph.erase_node(node)
+            continue
         _make_functional(node)
         linear = _operands(node)
         if linear is None:

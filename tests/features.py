@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from programs import Blueprint, Builder
 from torch import fx
 
 from mixcomp.passes.coupling import Absorption
 from mixcomp.program import Program, Site
+from programs import Blueprint, Builder
 
 aten = torch.ops.aten
 BATCH, LENGTH, VOCAB = 2, 5, 13

@@ -55,7 +55,7 @@ ONLY_IN = {
     "triton": ({"mixcomp.kernels"}, {"mixcomp.kernels"}),
     "networkx": ({"mixcomp.passes"}, {"mixcomp.passes"}),
     "transformers": (
-        {"mixcomp." + m for m in ("artifact", "capture", "calibration", "cli", "hf", "skeleton", "sources")},
+        {"mixcomp." + m for m in ("artifact", "capture", "calibration", "cli", "hf", "restore", "skeleton", "sources")},
         {"mixcomp.hf"},
     ),
     "typer": ({"mixcomp.cli"}, {"mixcomp.cli"}),

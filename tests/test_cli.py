@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from mixcomp.lowering.module import MixedLinear
+from rich.console import Console
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -20,6 +23,7 @@ from families import build
 from mixcomp import api, artifact, cli, data, demo, evaluate, release, sources
 from mixcomp.errors import BudgetError
 from mixcomp.plan import Compiled
+from mixcomp.progress import Bars
 from mixcomp.report import describe
 
 BUDGET = 5.0
@@ -173,7 +177,11 @@ ERRORS = {
         "ConfigError",
         "PATTERN=WIDTH",
     ),
-    "a folder of other things": (["compile", "ORIGINAL", "--budget", "4.4", "--out", "."], "InputError", "another folder"),
+    "a folder of other things": (
+        ["compile", "ORIGINAL", "--budget", "4.4", "--out", "."],
+        "InputError",
+        "another folder",
+    ),
     "missing calibration": (
         ["compile", "ORIGINAL", "--budget", "4.4", "--out", "OUT", "--calibration", "absent.txt"],
         "InputError",
@@ -277,6 +285,36 @@ def test_demo_takes_a_model_of_ones_own(
     assert found["note"] is None
     assert found["model"] == str(original)
     assert found["evaluation"]["window"] == 128
+
+
+STEPS = [
+    ("outer", 0, 1),
+    ("inner", 0, 2),
+    ("inner", 2, 2),
+    ("inner", 2, 2),
+    ("outer", 1, 1),
+    ("inner", 0, 0),
+    ("open", 0, 3),
+]
+
+
+def test_progress_away_from_a_terminal_is_a_line_per_finished_stage() -> None:
+    out = io.StringIO()
+    with Bars(Console(file=out, force_terminal=False)).shown() as bars:
+        for step in STEPS:
+            bars(*step)
+    lines = out.getvalue().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["inner", "outer", "open"]
+    assert all(re.fullmatch(r"\w+: \d+\.\d s, peak \d+\.\d GiB.*", line) for line in lines)
+
+
+def test_progress_on_a_terminal_shows_bars_time_left_and_memory() -> None:
+    out = io.StringIO()
+    with Bars(Console(file=out, force_terminal=True, width=120)).shown() as bars:
+        for step in STEPS:
+            bars(*step)
+    for words in ("outer", "inner", "2/2", "left", "peak", "GiB"):
+        assert words in out.getvalue()
 
 
 def test_help_needs_no_heavy_library() -> None:

@@ -5,20 +5,20 @@ from itertools import accumulate
 from math import prod
 from operator import mul
 
-import families
 import pytest
 import torch
-from features import Chain, Model, attention, heads, merged, shuffle
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import Blueprint, Kind, Layer, build
 from torch import fx
 
+import families
+from features import Chain, Model, attention, heads, merged, shuffle
 from mixcomp.capture import capture
 from mixcomp.passes import axes, flows
 from mixcomp.passes.axes import Layout, Part
 from mixcomp.passes.coupling import Absorption, Couplings, analyse
 from mixcomp.program import Program
+from programs import Blueprint, Kind, Layer, build
 
 aten = torch.ops.aten
 EXACT = {"rtol": 0.0, "atol": 1e-10}

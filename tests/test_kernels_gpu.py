@@ -112,11 +112,11 @@ def test_activations_of_any_strides(tokens):
     case = Case(SiteFormat(90, 512, (Segment(50, 3), Segment(40, 6))), tokens, F16, None, 1)
     weight, x, bias = dyadic(case)
     _, tensors, _ = place(weight, x, bias)
-    wide = torch.full((2 * tokens + 2, 3 * 512 + 3), torch.nan, dtype=F16, device="cuda")
+    strided, shifted = torch.full((2, 2 * tokens + 2, 3 * 512 + 3), torch.nan, dtype=F16, device="cuda")
     layouts = {
         "transposed": x.cuda().t().contiguous().t(),
-        "strided": wide[1:-1:2, 2:-1:3].copy_(x),
-        "shifted": wide[1 : tokens + 1, 3:515].copy_(x),
+        "strided": strided[1:-1:2, 2:-1:3].copy_(x),
+        "shifted": shifted[1 : tokens + 1, 3:515].copy_(x),
         "expanded": x[:1].cuda().expand(tokens, -1),
     }
     for name, view in layouts.items():

@@ -87,7 +87,7 @@ def test_each_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
     monkeypatch.setattr(ops.cpu, "by_bags", lambda x, *_: taken.append("bags") or x.new_zeros(len(x), 33))
     monkeypatch.setattr(ops.cpu, "by_gemm", lambda x, *_: taken.append("gemm") or x.new_zeros(len(x), 33))
-    for tokens in (1, MAX_BAG_TOKENS + 1):
+    for tokens in (0, 1, MAX_BAG_TOKENS + 1):
         call(MADE, MADE.activations(tokens))
     assert taken == ["bags", "gemm"]
     assert torch.equal(call(MADE, MADE.activations(1).double()), MADE.product(MADE.activations(1)))

@@ -21,7 +21,7 @@ from mixcomp.errors import MixCompError
 from mixcomp.manager import run
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass
-from programs import ABSORBING, PLAIN, build, context, own
+from programs import ABSORBING, PLAIN, THIN, build, context, own
 from toys import Do, Idle, Salience
 
 STAGES = [pytest.param(i, id=p.name) for i, p in enumerate(PASSES)]
@@ -43,6 +43,11 @@ def test_the_pool_absorbs_and_branches() -> None:
     last = [stage(blueprint, len(PASSES) - 1).after for blueprint in pool()]
     assert any(key.endswith("/column_order") for program in last for key in program.tensors)
     assert any(site.format is not None and site.format.rank for program in last for site in program.sites)
+
+
+def test_thin_weights_get_no_branch() -> None:
+    """A branch as thick as the weight costs more than the weight; found by drawing small programs."""
+    assert all(s.format and not s.format.rank for s in stage(THIN, len(PASSES) - 1).after.open_sites())
 
 
 @pytest.fixture(scope="module")

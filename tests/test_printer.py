@@ -10,11 +10,14 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from mixcomp.lowering.lower import LowerLinears
 
 import decisions
 import strategies
+from mixcomp.manager import run
 from mixcomp.printer import WHOLE_BYTES, Digests, body, digest, escape, render, tensor_digest, tensor_text, window
 from mixcomp.program import META, Program
+from mixcomp.protocol import Context
 from mutants import Mutant
 from programs import EVERYTHING, PLAIN, Values, build, own
 from table_mutants import MUTANTS
@@ -30,6 +33,10 @@ def test_canonical_program_is_printed_as_ever(golden: Golden) -> None:
 
 def test_decided_program_is_printed_as_ever(golden: Golden) -> None:
     golden("decided", render(decisions.decided(), Digests.WHOLE))
+
+
+def test_lowered_program_is_printed_as_ever(golden: Golden) -> None:
+    golden("lowered", render(run(decisions.decided(), [LowerLinears()], Context()), Digests.WHOLE))
 
 
 def test_symbols_are_numbered_by_appearance_not_by_torchs_names() -> None:

@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from features import Chain, Model, attention, shuffle
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import EVERYTHING, GATED, Blueprint, Kind, Layer, build
 
+from features import Chain, Model, attention, shuffle
 from mixcomp.errors import ConfigError, PassError
 from mixcomp.format import WIDTHS
 from mixcomp.passes.coupling import Absorption, analyse, needs_index, segments_bound, taken
 from mixcomp.passes.reorder import ReorderFeatures, segments, sorted_order
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context
+from programs import EVERYTHING, GATED, Blueprint, Kind, Layer, build
 
 aten = torch.ops.aten
 BLUEPRINTS = [GATED, EVERYTHING, Blueprint((Layer(Kind.GATED, 64, bias=True), Layer(Kind.TRANSPOSED, 40, bias=True)))]

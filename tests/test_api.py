@@ -1,0 +1,135 @@
+"""The front door end to end on a tiny model: options, failure leaves the model alone, determinism, the Dynamo backend."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import families
+import pytest
+import torch
+
+import mixcomp
+from mixcomp.errors import BudgetError, CalibrationError, ConfigError, InputError
+from mixcomp.lowering.module import MixedLinear
+
+
+def tiny() -> Any:
+    return families.FAMILIES["llama"]()
+
+
+def text(samples: int = 8, length: int = 32) -> list[torch.Tensor]:
+    return [torch.randint(0, 100, (samples, length), generator=torch.Generator().manual_seed(0))]
+
+
+def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> tuple[Any, Any]:
+    """(original, the same model compiled to 6 bits)."""
+    original = tiny()
+    return original, mixcomp.compile(original, 6.0, calibration=text(), copy=True)
+
+
+def test_the_model_keeps_generating_within_the_budget(compiled: tuple[Any, Any]) -> None:
+    original, model = compiled
+    assert type(model) is type(original)
+    ids = torch.randint(0, 100, (2, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted, got = original(ids).logits, model(ids).logits
+    assert float((got - wanted).norm() / wanted.norm()) < 0.05
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 11)
+    plan = model.mixcomp.plan
+    held = sum(m.packed().stored_bits() for m in model.modules() if isinstance(m, MixedLinear))
+    assert held == plan.totals["stored_bits"] <= 6.0 * plan.totals["weights"]
+
+
+def test_copy_leaves_the_original_alone(compiled: tuple[Any, Any]) -> None:
+    original, _ = compiled
+    assert same(state(original), state(tiny()))
+    assert not any(isinstance(m, MixedLinear) for m in original.modules())
+
+
+def test_every_linear_is_compiled_or_has_a_reason(compiled: tuple[Any, Any]) -> None:
+    original, model = compiled
+    plan = model.mixcomp.plan
+    linears = {n for n, m in original.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert linears == set(plan.sites) | set(plan.left_alone)
+    assert all(plan.left_alone.values())
+
+
+def test_the_same_command_gives_the_same_plan_and_bytes(compiled: tuple[Any, Any]) -> None:
+    again = mixcomp.compile(tiny(), 6.0, calibration=text())
+    assert json.dumps(again.mixcomp.plan.to_json()) == json.dumps(compiled[1].mixcomp.plan.to_json())
+    assert same(state(again), state(compiled[1]))
+
+
+def test_dynamo_runs_a_compiled_model_through_the_backend(compiled: tuple[Any, Any]) -> None:
+    model = compiled[1]
+    run = torch.compile(model, backend="mixcomp", dynamic=True)
+    for shape in ((1, 5), (3, 9), (2, 1)):
+        ids = torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            torch.testing.assert_close(run(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "names"),
+    [
+        ({"budget": 1.0}, BudgetError, "below the floor"),
+        ({"budget": 15.0}, BudgetError, "above the ceiling"),
+        ({"budget": float("nan")}, BudgetError, "budget"),
+        ({"budget": "lots"}, ConfigError, "budget"),
+        ({"budget": True}, ConfigError, "budget"),
+        ({"budget": 6.0, "strategy": "joynt"}, ConfigError, "joint"),
+        ({"budget": 6.0, "exclude": ["no.such.layer"]}, ConfigError, r"no\.such\.layer"),
+        ({"budget": 6.0, "overrides": {"re:nothing": 4}}, ConfigError, "re:nothing"),
+        ({"budget": 6.0, "overrides": {"model.layers.0": 7}}, ConfigError, "7"),
+        ({"budget": 6.0, "calibration": []}, CalibrationError, "calibration"),
+        ({"budget": 6.0, "calibration": [torch.full((4, 32), 10**6)]}, CalibrationError, "1000000"),
+    ],
+)
+def test_bad_options_name_themselves_and_change_nothing(options: dict[str, Any], error: type[Exception], names: str) -> None:
+    model = tiny()
+    before, random = state(model), torch.random.get_rng_state()
+    with pytest.raises(error, match=names):
+        mixcomp.compile(model, **({"calibration": text()} | options))
+    assert same(state(model), before)
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_a_failure_late_in_the_work_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixcomp.passes.side_branch import InsertSideBranch
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    model = tiny()
+    before = state(model)
+    monkeypatch.setattr(InsertSideBranch, "run", fail)
+    with pytest.raises(mixcomp.MixCompError, match="insert-side-branch failed with RuntimeError: out of luck"):
+        mixcomp.compile(model, 6.0, calibration=text())
+    assert same(state(model), before)
+    assert not any(p.grad is not None or m._forward_hooks for m in model.modules() for p in m.parameters())
+
+
+def test_compiling_twice_is_refused(compiled: tuple[Any, Any]) -> None:
+    with pytest.raises(InputError):
+        mixcomp.compile(copy.deepcopy(compiled[1]), 6.0, calibration=text())
+
+
+def test_overrides_and_exclusions_are_kept() -> None:
+    model = mixcomp.compile(
+        tiny(), 7.5, calibration=text(), overrides={"re:.*down_proj": 8}, exclude=["model.layers.0.self_attn.q_proj"]
+    )
+    sites = model.mixcomp.plan.sites  # type: ignore[union-attr]
+    assert all(set(s["widths"]) == {"8"} for name, s in sites.items() if name.endswith("down_proj"))
+    assert "model.layers.0.self_attn.q_proj" not in sites
+    assert isinstance(model.get_submodule("model.layers.0.self_attn.q_proj"), torch.nn.Linear)
