@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from mixcomp.canonical import aten, canonicalize
+from mixcomp.config import patterns
 from mixcomp.dynamo import capture_dynamo
 from mixcomp.errors import CaptureError, InputError
 from mixcomp.program import Program
@@ -73,6 +74,7 @@ def capture(
         ConfigError: a pattern matches nothing.
         WeightError: a weight holds NaN or infinity.
     """
+    include, exclude = patterns("include", include), patterns("exclude", exclude)
     _require_model(model)
     device = _require_one_device(model)
     with _evaluating(model, device), _plain_attention(model), torch.no_grad():

@@ -12,6 +12,7 @@ from torch import fx
 
 from mixcomp.canonical import activation, owner
 from mixcomp.format import Segment, SiteFormat
+from mixcomp.ops import LINEAR
 from mixcomp.program import META, Fact, Program, Site, WeightRef
 
 PLAIN = "not compiled: call mixcomp.compile on the model before torch.compile"
@@ -53,6 +54,9 @@ def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Pro
             sites[source] = _site(node, linear, {s.name for s in sites.values()})
             tensors |= _stored(sites[source], linear, given)
         node.meta[META] = sites[source].name
+        if "weight" in linear:
+            node.target, node.kwargs = LINEAR, {}
+            node.args = (linear["x"], linear["weight"], linear["bias"], False)
     program.graph_module.recompile()
     facts = frozenset({Fact.LOWERED} if any(s.format for s in sites.values()) else ())
     return Program(program.graph_module, tuple(sites.values()), MappingProxyType(tensors), facts)
@@ -87,7 +91,8 @@ def _site(node: fx.Node, linear: dict[str, Any], taken: set[str]) -> Site:
     if name in taken:
         name = f"{name}.{node.name}"
     shape = (fmt.rows, fmt.columns) if fmt else tuple(linear["weight"].meta["val"].shape)
-    reference = WeightRef(f"{name}.weight", (), (shape[0], shape[1]), linear["x"].meta["val"].dtype)
+    held = linear["x"] if fmt else linear["weight"]
+    reference = WeightRef(f"{name}.weight", (), (shape[0], shape[1]), held.meta["val"].dtype)
     bias = None if linear["bias"] is None else f"{name}.bias"
     reason = None if fmt else PLAIN
     return Site(name, (node.name,), reference, bias, activation(linear["x"]).name, True, reason, fmt)

@@ -165,7 +165,8 @@ def _operands(case: Case, site: Site, node: fx.Node) -> Findings:
     if not is_linear(node):
         return
     source = given["weight"]
-    weight = case.parameter_of(source)
+    lifted = isinstance(source, fx.Node) and source.op == "placeholder"  # Dynamo hands parameters in as inputs
+    weight = source.meta["val"] if lifted else case.parameter_of(source)
     if weight is None:
         yield f"site {site.name}: node {node.name} does not take its weight from the module", node
         return

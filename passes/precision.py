@@ -13,7 +13,7 @@ from mixcomp.errors import ConfigError
 from mixcomp.format import WIDTHS, SiteFormat, runs
 from mixcomp.passes.allocate import Allocation, allocate
 from mixcomp.passes.coupling import analyse, needs_index
-from mixcomp.passes.side_branch import branch_bits
+from mixcomp.passes.directions import branch_bits
 from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from mixcomp.format import WIDTHS
+from mixcomp.passes.directions import error_spectrum, most_directions
 from mixcomp.passes.gptq import Task, feedback, gptq
-from mixcomp.passes.side_branch import MAX_DIRECTIONS, error_spectrum
 from mixcomp.passes.stacks import Stack, batches, inputs, stack
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass
@@ -72,7 +72,8 @@ def _spectra(
     for site, part in rows.split(error):
         gamma = program.tensor(site.name, "gamma").to(context.device)
         draw = context.generator(AnnotateSalience.name, site.name)
-        out[f"{site.name}/spectrum"] = error_spectrum(part, rows.sigma, gamma, MAX_DIRECTIONS, draw).shares
+        count = most_directions(site.rows, site.columns)
+        out[f"{site.name}/spectrum"] = error_spectrum(part, rows.sigma, gamma, count, draw).shares
     return out
 
 

@@ -63,7 +63,8 @@ def dyadic(case: Case) -> tuple[PackedWeight, torch.Tensor, torch.Tensor | None]
     """(weight, x, bias) of a case; every third case reads single weights through one-hot activations."""
     generator = torch.Generator().manual_seed(case.seed)
     weight = random_weight(case.fmt, generator, dyadic=True)
-    x = torch.randint(-4, 5, (case.tokens, case.fmt.columns), generator=generator).to(case.dtype)
+    most = 4 if case.fmt.columns <= 600 else 1
+    x = torch.randint(-most, most + 1, (case.tokens, case.fmt.columns), generator=generator).to(case.dtype)
     if case.seed % 3 == 0:
         column = torch.randint(0, case.fmt.columns, (case.tokens, 1), generator=generator)
         x = torch.zeros_like(x).scatter_(1, column, 1.0)

@@ -165,6 +165,11 @@ def canonical_after_lowering(program: Program) -> Program:
     return recompiled(program)
 
 
+@mutant("I02", base="lowered")
+def lowered_too_early(program: Program) -> Program:
+    return replace(program, facts=program.facts - {Fact.LOWERED})
+
+
 # I03 every value has a fake example of the right type
 
 
@@ -193,6 +198,16 @@ def impossible_call(program: Program) -> Program:
     relu = node_of(program, aten.relu.default)
     relu.target, relu.args = aten.mm.default, (relu.args[0], relu.args[0])
     return recompiled(program)
+
+
+@mutant("I03", level=2)
+def nothing_fake(program: Program) -> Program:
+    for node in program.graph_module.graph.nodes:
+        if "val" in node.meta:
+            fake = node.meta["val"]
+            sizes = [size if isinstance(size, int) else 2 for size in fake.shape]
+            node.meta["val"] = torch.zeros(sizes, dtype=fake.dtype)
+    return program
 
 
 # I04 inputs and outputs are unchanged
@@ -258,6 +273,35 @@ def call_listed_twice(program: Program) -> Program:
 @mutant("I06")
 def call_not_listed(program: Program) -> Program:
     return with_site(program, FLAT, calls=program.site(FLAT).calls[:1])
+
+
+@mutant("I06")
+def site_twice(program: Program) -> Program:
+    return replace(program, sites=(*program.sites, program.site(FLAT)))
+
+
+@mutant("I06")
+def site_without_calls(program: Program) -> Program:
+    return with_site(program, PROJ, calls=())
+
+
+@mutant("I06")
+def call_of_another_op(program: Program) -> Program:
+    return with_site(program, PROJ, calls=(*program.site(PROJ).calls, node_of(program, aten.silu.default).name))
+
+
+@mutant("I06")
+def left_alone_and_compiled(program: Program) -> Program:
+    return with_site(program, PROJ, reason="its weight holds NaN")
+
+
+@mutant("I06")
+def weight_computed(program: Program) -> Program:
+    node = program.node(program.site(PROJ).calls[0])
+    weight = node.args[1]
+    doubled = insert_after(weight, aten.mul.Tensor, weight, 2.0)  # type: ignore[arg-type]
+    node.update_arg(1, doubled)
+    return recompiled(program)
 
 
 @mutant("I06")

@@ -11,7 +11,7 @@ from torch import fx
 from decisions import DOWN, FLAT, GATE, PLANNED, PROJ, UP
 from mixcomp.program import Fact, Program, Site
 from mixcomp.snapshot import arguments
-from mutants import MUTANTS, changed, mutant, recompiled, with_site, with_tensor, without
+from mutants import MUTANTS, changed, insert_after, mutant, recompiled, with_site, with_tensor, without
 
 __all__ = ["MUTANTS"]
 
@@ -211,6 +211,25 @@ def segments_in_another_order(program: Program) -> Program:
 
 
 @mutant("I14")
+def format_of_fewer_columns(program: Program) -> Program:
+    """Padding hides it from the number of stored bits."""
+    fmt = program.site(FLAT).format
+    assert fmt is not None
+    return with_site(program, FLAT, format=replace(fmt, columns=11))
+
+
+@mutant("I14")
+def index_without_an_order(program: Program) -> Program:
+    site = program.site(FLAT)
+    assert site.format is not None
+    fmt = replace(site.format, scatter=True)
+    more = fmt.stored_bits() - site.format.stored_bits()
+    tensors = {key: program.tensors[key] + more for key in (f"{FLAT}/planned_bits", "budget/bits")}
+    tensors[f"{FLAT}/row_index"] = torch.arange(site.rows, dtype=torch.int16)
+    return with_site(program, FLAT, format=fmt).with_tensors(tensors)
+
+
+@mutant("I14")
 def site_forgotten(program: Program) -> Program:
     return with_site(program, FLAT, format=None)
 
@@ -275,6 +294,19 @@ def segments_of_another_site(program: Program) -> Program:
 @mutant("I16", base="lowered")
 def columns_of_another_site(program: Program) -> Program:
     set_argument(lowered_node(program, FLAT), "columns", 11)
+    return recompiled(program)
+
+
+@mutant("I16", base="lowered")
+def index_of_another_site(program: Program) -> Program:
+    set_argument(lowered_node(program, FLAT), "row_index", arguments(lowered_node(program, PROJ))["row_index"])
+    return recompiled(program)
+
+
+@mutant("I16", base="lowered")
+def codes_computed(program: Program) -> Program:
+    codes = arguments(lowered_node(program, PROJ))["codes"]
+    set_argument(lowered_node(program, PROJ), "codes", insert_after(codes, torch.ops.aten.clone.default, codes))
     return recompiled(program)
 
 

@@ -178,7 +178,7 @@ def test_a_fresh_process_computes_the_same_bits_without_any_pass(
 ) -> None:
     folders = [str(shelf / name) for name in BUILDERS]
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, *folders], check=True, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", FRESH, *folders], check=True, capture_output=True, text=True, timeout=600
     )
     *digests, passes, pretrained = done.stdout.split("\n")[:-1]
     raw = [logits(model).contiguous().view(torch.uint8).numpy().tobytes() for model in models.values()]

@@ -442,6 +442,8 @@ def test_patterns(pattern: str, found: bool) -> None:
 
 
 def test_broken_pattern() -> None:
+    with pytest.raises(ConfigError, match=r"include 'head' is not a list of patterns"):
+        capture(WithHead(), include="head")
     with pytest.raises(ConfigError, match=r"overrides pattern 're:\(' is not a regular expression"):
         match("overrides", "re:(", ["a"])
 

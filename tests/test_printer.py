@@ -61,7 +61,7 @@ def test_clone_prints_the_same() -> None:
 
 
 #: they change what the text deliberately leaves out
-INVISIBLE = {"not_recompiled", "replaced_by_a_copy", "not_contiguous", "tie_broken"}
+INVISIBLE = {"nothing_fake", "not_recompiled", "replaced_by_a_copy", "not_contiguous", "tie_broken"}
 
 
 @pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.base == "decided"], ids=lambda m: m.name)

@@ -12,7 +12,8 @@ from mixcomp import manager
 from mixcomp.config import Budget
 from mixcomp.packed import PackedWeight
 from mixcomp.passes import AnnotateSalience, AssignPrecision, CollectStatistics, QuantizeWeights, ReorderFeatures
-from mixcomp.passes.side_branch import InsertSideBranch, branch_bits, error_spectrum
+from mixcomp.passes.directions import branch_bits, error_spectrum
+from mixcomp.passes.side_branch import InsertSideBranch
 from mixcomp.program import Program
 
 

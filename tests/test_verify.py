@@ -12,8 +12,10 @@ from mixcomp.lowering.lower import LowerLinears
 
 import decisions
 import strategies
+from mixcomp import table_laws
 from mixcomp.errors import InvariantError
 from mixcomp.manager import run
+from mixcomp.packed import pack_codes
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context
 from mixcomp.snapshot import Case, Snapshot
@@ -107,6 +109,13 @@ def test_message_shows_the_line_and_its_neighbours() -> None:
     assert len(lines) == 3
     assert [line[0] for line in lines].count(">") == 1
     assert "aten.relu_" in next(line for line in lines if line[0] == ">")
+
+
+def test_a_broken_packer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = base("lowered")
+    monkeypatch.setattr(table_laws, "pack_codes", lambda codes, fmt: pack_codes(codes, fmt) ^ 128)
+    with pytest.raises(InvariantError, match=r"^I16: .*unpacking and packing again"):
+        check(program, level=2)
 
 
 def test_level_0_checks_nothing() -> None:
