@@ -20,6 +20,8 @@ MAPPED := passes lowering kernels
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
+# threads that wait at a barrier should sleep: spinning ones cost a busy machine twenty times the work itself
+export OMP_WAIT_POLICY := passive
 
 .PHONY: help demo test check size clean
 
@@ -30,7 +32,7 @@ demo: $(STAMP)
 	$(BIN)/mixcomp demo --out .demo $(DEMO)
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2 -q $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q $(TESTS)
 
 check: $(STAMP) $(FARM)
 	$(BIN)/ruff check .

@@ -38,7 +38,9 @@ def stored_bits(folder: Path) -> int:
     return bits
 
 
-def one(arguments: argparse.Namespace, budget: float, strategy: str, windows: torch.Tensor, original: Any) -> dict[str, Any]:
+def one(
+    arguments: argparse.Namespace, budget: float, strategy: str, windows: torch.Tensor, original: Any
+) -> dict[str, Any]:
     tokenizer = load_tokenizer(arguments.model)
     model: Any = load_original(arguments.model, arguments.device)
     start = time.perf_counter()
@@ -98,7 +100,11 @@ def main() -> None:
     result = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if arguments.device != "cpu" else platform.processor() or "cpu",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "model": Path(arguments.model).name,
         "calibration": Path(arguments.calibration).name,
         "text": Path(arguments.text).name,

@@ -57,7 +57,11 @@ def main() -> None:
     result = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "layers": arguments.layers,
         "calibration_tokens": tokens.numel(),
         "seconds": round(seconds, 1),

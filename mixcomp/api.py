@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mixcomp.program import Program
 
 
-def compile(  # noqa: A001 - the verb users know from torch.compile
+def compile(
     model: torch.nn.Module,
     budget: float | str | Budget,
     *,
@@ -186,4 +186,3 @@ def _report(device: torch.device, text: Calibration, clock: _Clock) -> dict[str,
         "calibration": {"source": text.source, "tokens": text.tokens},
         "device": str(device),
     }
-

@@ -19,15 +19,15 @@ def mixcomp_backend(module: fx.GraphModule, example_inputs: Sequence[torch.Tenso
     """The Dynamo backend (registered by entry point).
 
     The graph becomes a program whose ``mixed_linear`` calls are its sites, passes the verifier, and runs as it is:
-    compiled linears dispatch to their kernels, everything else runs eagerly.  Linears that ``mixcomp.compile`` has not
-    touched stay plain; they are named in the log.  Shapes stay dynamic: Dynamo decides when to come back.
+    compiled linears dispatch to their kernels, everything else runs eagerly.  A graph without a single compiled linear is
+    worth a warning: the model was not compiled.  Shapes stay dynamic: Dynamo decides when to come back.
 
     Raises:
         InvariantError: the graph breaks an invariant, e.g. a call's segments do not add up to its rows.
     """
     program = capture_dynamo(module, example_inputs)
     verify.check(program)
-    plain = [site.name for site in program.sites if site.format is None]
-    if plain:
-        log.warning("%d linears run uncompiled (first: %s); compile the model first", len(plain), plain[0])
+    if program.sites and all(site.format is None for site in program.sites):
+        first = program.sites[0].name
+        log.warning("none of %d linears (%s ...) is compiled: call mixcomp.compile first", len(program.sites), first)
     return program.graph_module.forward

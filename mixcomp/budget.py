@@ -31,7 +31,9 @@ class Limits:
         if self.floor <= bits <= self.ceiling:
             return
         low, high = self.floor / self.weights, self.ceiling / self.weights
-        share = f"; {self.fixed / self.weights:.3f} of it are weights left alone at their own size" if self.fixed else ""
+        share = (
+            f"; {self.fixed / self.weights:.3f} of it are weights left alone at their own size" if self.fixed else ""
+        )
         side, what = ("below the floor", "raise it") if bits < self.floor else ("above the ceiling", "lower it")
         raise BudgetError(
             f"budget {asked} is {side}: these {self.weights:,} weights take {low:.3f} to {high:.3f} bits each{share}; "

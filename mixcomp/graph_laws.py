@@ -150,11 +150,13 @@ def _site_calls(case: Case, site: Site) -> Findings:
         yield f"site {site.name}: its input {site.input!r} is not in the graph", None
     for call in site.calls:
         node = case.nodes.get(call)
-        if node is None or not (is_linear(node) or is_mixed(node)):
+        linear = node is not None and (is_linear(node) or is_mixed(node))
+        compiled = site.open or site.format is not None  # what is left alone may be anything: experts, a convolution
+        if node is None or (compiled and not linear):
             yield f"site {site.name}: call {call!r} is not a linear of the graph", node
         elif node.meta.get(META) != site.name:
             yield f"site {site.name}: call {call} is marked as {node.meta.get(META)!r}", node
-        else:
+        elif compiled:
             yield from _operands(case, site, node)
 
 

@@ -53,11 +53,15 @@ class Plan:
     @classmethod
     def from_json(cls, data: object) -> Plan:
         """Read what ``to_json`` wrote; anything else is a ``FormatError``."""
-        wanted = {f for f in cls.__dataclass_fields__} | {"plan_version"}
+        wanted = set(cls.__dataclass_fields__) | {"plan_version"}
         if not isinstance(data, dict) or set(data) != wanted:
-            raise FormatError(f"a plan has the fields {sorted(wanted)}; this one is {type(data).__name__} {data!r:.120}")
+            raise FormatError(
+                f"a plan has the fields {sorted(wanted)}; this one is {type(data).__name__} {data!r:.120}"
+            )
         if data["plan_version"] != PLAN_VERSION:
-            raise FormatError(f"plan version {data['plan_version']!r} is not {PLAN_VERSION}; read it with the release that wrote it")
+            raise FormatError(
+                f"plan version {data['plan_version']!r} is not {PLAN_VERSION}; read it with the release that wrote it"
+            )
         return cls(**{k: v for k, v in data.items() if k != "plan_version"})
 
 
@@ -85,11 +89,10 @@ def record(program: Program, options: Mapping[str, Any], calibration: str) -> Pl
 
 
 def _decision(program: Program, site: Site) -> dict[str, Any]:
-    assert site.format is not None
     widths = program.tensor(site.name, "widths").tolist()
     moved = program.find(site.name, "row_order") is not None
-    reorder = "scatter" if site.format.scatter else "absorbed" if moved else "none"
-    return {"widths": "".join(map(str, widths)), "rank": site.format.rank, "reorder": reorder}
+    reorder = "scatter" if site.layout.scatter else "absorbed" if moved else "none"
+    return {"widths": "".join(map(str, widths)), "rank": site.layout.rank, "reorder": reorder}
 
 
 def _totals(program: Program) -> dict[str, int]:

@@ -253,6 +253,8 @@ class Text:
         words += ["bias " + escape(site.bias)] if site.bias is not None else []
         words += ["input", self.by_name.get(site.input, escape(site.input))]
         words += ["calls", *(self.by_name.get(c, escape(c)) for c in site.calls)]
+        if site.format is not None:
+            words += [f"stored {site.format.rows}x{site.format.columns} in {site.format.stored_bits()} bits"]
         words += [] if site.in_scope else ["out of scope"]
         words += [f"left alone: {escape(site.reason)}"] if site.reason is not None else []
         return " ".join(words)

@@ -79,6 +79,13 @@ class Site:
         return self.weight.shape[1]
 
     @property
+    def layout(self) -> SiteFormat:
+        """The site's format, for code that runs after ``quantize-weights``."""
+        if self.format is None:
+            raise PassError(f"site {self.name!r} is not quantized yet; run quantize-weights first")
+        return self.format
+
+    @property
     def open(self) -> bool:
         """Whether passes are to compile this site."""
         return self.reason is None and self.in_scope
@@ -135,10 +142,10 @@ class Program:
         return str(weight.target)
 
     def node(self, name: str) -> fx.Node:
-        for node in self.graph_module.graph.nodes:
-            if node.name == name:
-                return node
-        raise PassError(f"graph has no node {name!r}")
+        found: fx.Node | None = next((n for n in self.graph_module.graph.nodes if n.name == name), None)
+        if found is None:
+            raise PassError(f"graph has no node {name!r}")
+        return found
 
     def with_sites(self, changed: Mapping[str, Site]) -> Program:
         return replace(self, sites=tuple(changed.get(s.name, s) for s in self.sites))
@@ -155,4 +162,6 @@ class Program:
         graph.output(output)
         next(n for n in graph.nodes if n.op == "output").meta.update(old.meta)
         graph.set_codegen(self.graph_module.graph._codegen)
-        return replace(self, graph_module=fx.GraphModule(self.graph_module, graph, self.graph_module.__class__.__name__))
+        return replace(
+            self, graph_module=fx.GraphModule(self.graph_module, graph, self.graph_module.__class__.__name__)
+        )

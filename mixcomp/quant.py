@@ -96,19 +96,18 @@ def _fit_rows(x: torch.Tensor, energy: torch.Tensor, width: int) -> tuple[torch.
     error = _GroupError(x, energy, width)
     reach = x.abs().amax(-1) / max_abs_level(width)  # unit (half a step) that just covers the group
     ideal = _best_unit(error, reach, width)
-    best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    for ratio in FACTOR_RATIOS:
-        factors = (ideal.amax(-1, keepdim=True) / MAX_GROUP_SCALE * ratio).half()
-        # fp16 cannot hold smaller positive numbers; all-zero rows land here too
-        factors = torch.where(factors > 0, factors, torch.full_like(factors, 2.0**-24))
-        scales, loss = _best_scales(error, ideal, factors.float())
-        if best is None:
-            best = loss, factors, scales
-        else:
-            better = loss < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip((loss, factors, scales), best, strict=True))  # type: ignore[assignment]
-    assert best is not None
-    return best[1][:, 0], best[2].to(torch.uint8)
+    found = [_best_scales(error, ideal, _stored_factors(ideal, ratio)) for ratio in FACTOR_RATIOS]
+    choice = torch.stack([f.loss for f in found]).argmin(0)  # [rows]; the first of equals
+    factors = torch.stack([f.factors for f in found]).gather(0, choice[None])[0]
+    scales = torch.stack([f.scales for f in found]).gather(0, choice[None, :, None].expand(1, *ideal.shape))[0]
+    return factors, scales
+
+
+def _stored_factors(ideal: torch.Tensor, ratio: float) -> torch.Tensor:
+    """fp16[rows] factors with which the widest group uses ``ratio`` of the top group scale."""
+    factors = (ideal.amax(-1) / MAX_GROUP_SCALE * ratio).half()
+    # fp16 cannot hold smaller positive numbers; all-zero rows land here too
+    return torch.where(factors > 0, factors, torch.full_like(factors, 2.0**-24))
 
 
 class _GroupError:
@@ -135,28 +134,31 @@ class _GroupError:
 def _best_unit(error: _GroupError, reach: torch.Tensor, width: int) -> torch.Tensor:
     """Real-valued unit per group with the least error over the clipping ratios."""
     reach = reach.clamp_min(torch.finfo(torch.float32).tiny * 2**20)
-    best_loss = best = None
-    for ratio in torch.linspace(LARGEST_CLIP, SMALLEST_CLIP[width], CLIP_STEPS[width]).tolist():
-        loss = error(reach * ratio)
-        if best is None or best_loss is None:
-            best_loss, best = loss, reach * ratio
-        else:
-            better = loss < best_loss
-            best_loss, best = torch.where(better, loss, best_loss), torch.where(better, reach * ratio, best)
-    assert best is not None
-    return best
+    ratios = torch.linspace(LARGEST_CLIP, SMALLEST_CLIP[width], CLIP_STEPS[width], device=reach.device)
+    losses = torch.stack([error(reach * ratio) for ratio in ratios.tolist()])
+    return reach * ratios[losses.argmin(0)]
 
 
-def _best_scales(error: _GroupError, ideal: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integer group scales around ideal / factor -> (scales fp32[rows, groups], loss fp32[rows, 1])."""
-    centre = (ideal / factors).round().clamp_(1, MAX_GROUP_SCALE)
-    best_loss, best = error(centre * factors), centre
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """factors fp16[rows], scales uint8[rows, groups] and what they lose, fp32[rows]."""
+
+    factors: torch.Tensor
+    scales: torch.Tensor
+    loss: torch.Tensor
+
+
+def _best_scales(error: _GroupError, ideal: torch.Tensor, factors: torch.Tensor) -> _Scales:
+    """Integer group scales around ideal / factor."""
+    unit = factors.float()[:, None]
+    centre = (ideal / unit).round().clamp_(1, MAX_GROUP_SCALE)
+    best_loss, best = error(centre * unit), centre
     for shift in (-1, 1):
         scales = (centre + shift).clamp_(1, MAX_GROUP_SCALE)
-        loss = error(scales * factors)
+        loss = error(scales * unit)
         better = loss < best_loss
         best_loss, best = torch.where(better, loss, best_loss), torch.where(better, scales, best)
-    return best, best_loss.sum(-1, keepdim=True)
+    return _Scales(factors, best.to(torch.uint8), best_loss.sum(-1))
 
 
 def fit_mixed(weight: torch.Tensor, energy: torch.Tensor, widths: torch.Tensor, site: str) -> Grid:

@@ -152,7 +152,7 @@ def _parameters_on_meta(most: int) -> Iterator[None]:
             return None
         count += 1
         if count > most:
-            raise ArtifactError(f"config.json: asks for more than the {most} parameters that are stored; save it again")
+            raise ArtifactError(f"config.json: asks for more than {most} parameters; save the model again")
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
     handle = register_module_parameter_registration_hook(move)

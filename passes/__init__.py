@@ -29,4 +29,12 @@ PIPELINE = (
     InsertSideBranch,
 )
 
-__all__ = ["PIPELINE", *sorted(p.__name__ for p in PIPELINE)]
+__all__ = [
+    "PIPELINE",
+    "AnnotateSalience",
+    "AssignPrecision",
+    "CollectStatistics",
+    "InsertSideBranch",
+    "QuantizeWeights",
+    "ReorderFeatures",
+]

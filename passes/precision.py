@@ -75,7 +75,9 @@ def _fixed_widths(program: Program, fixed: tuple[tuple[str, int], ...]) -> dict[
     names = {s.name for s in program.open_sites()}
     for name, width in fixed:
         if name not in names or width not in WIDTHS:
-            raise ConfigError(f"fixed width {width!r} for {name!r}: widths are {WIDTHS}, sites e.g. {sorted(names)[:3]}")
+            raise ConfigError(
+                f"fixed width {width!r} for {name!r}: widths are {WIDTHS}, sites e.g. {sorted(names)[:3]}"
+            )
     return dict(fixed)
 
 
@@ -183,4 +185,3 @@ def _table(
     out["budget/price"] = torch.tensor(bought.price if bought else 0.0, dtype=torch.float64)
     out["budget/gap"] = torch.tensor(bought.gap if bought else 0.0, dtype=torch.float64)
     return out
-

@@ -73,7 +73,6 @@ def _pack(program: Program, site: Site, codes: torch.Tensor, grid: Grid) -> tupl
     fmt = SiteFormat(site.rows, site.columns, runs(widths.tolist()), scatter)
     padded = torch.nn.functional.pad(codes, (0, fmt.padded_columns - site.columns))
     stored = {"codes": pack_codes(padded, fmt), "scales": pack_scales(scales), "factors": factors}
-    if scatter:
-        assert order is not None
+    if order is not None and scatter:
         stored["row_index"] = order.to(fmt.index_dtype)
     return replace(site, format=fmt), stored

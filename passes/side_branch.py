@@ -12,6 +12,7 @@ from mixcomp.passes.directions import branch_bits, error_spectrum
 from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass, Semantics
 
+
 @dataclass(frozen=True)
 class InsertSideBranch(Pass):
     """Build the planned side branches from the error that quantization really left.
@@ -43,8 +44,7 @@ class InsertSideBranch(Pass):
             if branch is None:
                 continue
             rank = int(branch["branch_scale"].shape[0])
-            assert site.format is not None
-            fmt = replace(site.format, rank=rank)
+            fmt = replace(site.layout, rank=rank)
             sites[site.name] = replace(site, format=fmt)
             bits = program.tensor(site.name, "planned_bits") + rank * branch_bits(site.rows, site.columns)
             tensors[f"{site.name}/planned_bits"] = bits
@@ -54,8 +54,7 @@ class InsertSideBranch(Pass):
 
 def _branch(program: Program, site: Site, context: Context) -> dict[str, torch.Tensor] | None:
     """Stored factors in stored row order and the losses before and after, or None where the branch does not help."""
-    assert site.format is not None
-    fmt = replace(site.format, rank=0)
+    fmt = replace(site.layout, rank=0)
     stored = PackedWeight(fmt, **{k: program.tensor(site.name, k).to(context.device) for k in fmt.tensors()})
     weight = program.weight(site).detach().to(context.device, torch.float32)
     gamma = program.tensor(site.name, "gamma").to(context.device)
@@ -71,7 +70,11 @@ def _branch(program: Program, site: Site, context: Context) -> dict[str, torch.T
     floor = float(gamma.mean()) * 1e-6 or 1.0  # rows no token reacts to still need a finite G^-1/2
     gamma = gamma.clamp_min(floor)
     found = error_spectrum(
-        error, sigma, gamma, int(program.tensor(site.name, "planned_rank")), context.generator(InsertSideBranch.name, site.name)
+        error,
+        sigma,
+        gamma,
+        int(program.tensor(site.name, "planned_rank")),
+        context.generator(InsertSideBranch.name, site.name),
     )
     left = found.vectors / gamma.sqrt()[:, None]
     right = (found.vectors * gamma.sqrt()[:, None]).T @ error

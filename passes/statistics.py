@@ -82,7 +82,9 @@ def _second_moments(program: Program, sites: dict[str, Site], context: Context) 
     for key, total in sums.items():
         total.div_(seen[key])
         if not torch.isfinite(total).all():
-            raise CalibrationError(f"NaN or infinity in the input of {key.removesuffix('/sigma')!r}; no site saw finite data")
+            raise CalibrationError(
+                f"NaN or infinity in the input of {key.removesuffix('/sigma')!r}; no site saw finite data"
+            )
     return sums
 
 
@@ -120,7 +122,9 @@ def _output_sensitivity(
     out = {}
     for name, total in sums.items():
         if not torch.isfinite(total).all():
-            raise CalibrationError(f"NaN or infinity in the gradient at {name!r}; use more finite calibration text or fp32")
+            raise CalibrationError(
+                f"NaN or infinity in the gradient at {name!r}; use more finite calibration text or fp32"
+            )
         out[f"{name}/gamma"] = total / tokens
     return out
 
@@ -190,7 +194,7 @@ class _Watch(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr":
-            value = self.fetch_attr(n.target)
+            value = self.fetch_attr(str(n.target))
             at_use = all(user.target in (LINEAR, _EMBEDDING) for user in n.users)
             return self._wide(value.detach(), not at_use) if isinstance(value, torch.Tensor) else value
         if n.op != "call_function" or n.target is _ASSERT_METADATA:

@@ -96,9 +96,10 @@ def test_forty_segments_take_one_launch():
 
 
 @pytest.mark.parametrize("tile", [ONE, FLAT], ids=["one token", "tokens"])
+@pytest.mark.parametrize("columns", [256, 257])
 @pytest.mark.parametrize("layout", STRIDES)
-def test_activations_of_any_strides(layout, tile):
-    fmt = SiteFormat(7, 257, (Segment(3, 5), Segment(4, 3)), rank=2)
+def test_activations_of_any_strides(layout, columns, tile):
+    fmt = SiteFormat(7, columns, (Segment(3, 5), Segment(4, 3)), rank=2)
     weight, x, bias = dyadic(Case(fmt, min(tile.tokens, 5), torch.float16, torch.float16, 1))
     x = STRIDES[layout](x)
     assert torch.equal(run(weight, x, bias, tile=tile), exact(weight, x, bias))

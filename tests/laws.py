@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import Phase, given, settings
-from mixcomp.lowering.lower import LowerLinears
-from mixcomp.passes import PIPELINE
 from torch import fx
 
 import strategies
 from mixcomp import budget as counting
 from mixcomp.config import Budget
 from mixcomp.errors import PassError, PassOrderError
+from mixcomp.lowering.lower import LowerLinears
 from mixcomp.manager import run
 from mixcomp.packed import PackedWeight
+from mixcomp.passes import PIPELINE
 from mixcomp.printer import digest, module_tensors
 from mixcomp.program import META, Fact, Program, Site
 from mixcomp.protocol import Context, Pass, Semantics

@@ -3,7 +3,8 @@
 Here are those of the graph (I01-I08); ``table_mutants`` adds those of decisions and stored tensors (I09-I16).
 
 A mutant takes a sound program (a clone, so its graph may be edited) and returns a broken one.  ``base`` says what it
-starts from: ``decided`` is canonical with all decisions made, ``lowered`` has gone through lower-linears.
+starts from: ``decided`` is canonical with all decisions made, ``lowered`` has gone through lower-linears.  ``alone``
+mutants are judged without the program they were made from.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import fx, nn
 
 from decisions import DOWN, FLAT, PROJ
 from mixcomp.ops import LINEAR
-from mixcomp.program import META, Program
+from mixcomp.program import META, Fact, Program
 from mixcomp.snapshot import is_mixed
 
 aten = torch.ops.aten
@@ -32,6 +33,7 @@ class Mutant:
     breaks: Break
     base: str = "decided"
     level: int = 1
+    alone: bool = False
 
     @property
     def missing(self) -> bool:
@@ -46,11 +48,11 @@ class Mutant:
 MUTANTS: list[Mutant] = []
 
 
-def mutant(id: str, base: str = "decided", level: int = 1) -> Callable[[Break], Break]:
+def mutant(id: str, base: str = "decided", level: int = 1, alone: bool = False) -> Callable[[Break], Break]:
     """Add a function to ``MUTANTS``."""
 
     def add(breaks: Break) -> Break:
-        MUTANTS.append(Mutant(id, breaks, base, level))
+        MUTANTS.append(Mutant(id, breaks, base, level, alone or base == "lowered"))
         return breaks
 
     return add
@@ -200,7 +202,7 @@ def impossible_call(program: Program) -> Program:
     return recompiled(program)
 
 
-@mutant("I03", level=2)
+@mutant("I03", level=2, alone=True)
 def nothing_fake(program: Program) -> Program:
     for node in program.graph_module.graph.nodes:
         if "val" in node.meta:

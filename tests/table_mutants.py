@@ -311,6 +311,20 @@ def codes_computed(program: Program) -> Program:
 
 
 @mutant("I16", base="lowered")
+def codes_of_another_type_handed_in(program: Program) -> Program:
+    """Where tensors are inputs of the graph, as Dynamo has it, at least their types can be told."""
+    codes = arguments(lowered_node(program, PROJ))["codes"]
+    graph = program.graph_module.graph
+    with graph.inserting_before(next(iter(graph.nodes))):
+        handed = graph.placeholder("codes")
+    handed.meta["val"] = codes.meta["val"].float()
+    codes.replace_all_uses_with(handed)
+    graph.erase_node(codes)
+    program.graph_module.get_submodule(f"_packed.{PROJ}").codes = None
+    return recompiled(program)
+
+
+@mutant("I16", base="lowered")
 def other_codes(program: Program) -> Program:
     return with_tensor(program, f"{FLAT}/codes", lambda t: t ^ 1)
 

@@ -6,10 +6,10 @@ import copy
 import json
 from typing import Any
 
-import families
 import pytest
 import torch
 
+import families
 import mixcomp
 from mixcomp.errors import BudgetError, CalibrationError, ConfigError, InputError
 from mixcomp.lowering.module import MixedLinear
@@ -96,7 +96,9 @@ def test_dynamo_runs_a_compiled_model_through_the_backend(compiled: tuple[Any, A
         ({"budget": 6.0, "calibration": [torch.full((4, 32), 10**6)]}, CalibrationError, "1000000"),
     ],
 )
-def test_bad_options_name_themselves_and_change_nothing(options: dict[str, Any], error: type[Exception], names: str) -> None:
+def test_bad_options_name_themselves_and_change_nothing(
+    options: dict[str, Any], error: type[Exception], names: str
+) -> None:
     model = tiny()
     before, random = state(model), torch.random.get_rng_state()
     with pytest.raises(error, match=names):

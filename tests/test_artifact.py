@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from mixcomp.lowering.module import MixedLinear
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,6 +26,7 @@ from mixcomp import artifact, files, manifest, shards, skeleton
 from mixcomp.artifact import check_folder, load, save
 from mixcomp.errors import ArtifactError, ConfigError, FormatError, InputError, MixCompError, StorageError
 from mixcomp.format import Segment, SiteFormat
+from mixcomp.lowering.module import MixedLinear
 from mixcomp.manifest import MANIFEST, Manifest
 from mixcomp.packed import PackedWeight
 from mixcomp.plan import Compiled, Plan
@@ -63,8 +63,9 @@ def compiled(model: PreTrainedModel, skip: tuple[str, ...] = ("lm_head",)) -> Pr
             continue
         rows, columns = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
         bias = None if module.bias is None else module.bias.detach().clone()
-        model.set_submodule(name, MixedLinear(pack(rows, columns, number, generator), bias))
+        model.set_submodule(name, MixedLinear(pack(rows, columns, number, generator), bias, module.weight.dtype))
     model.mixcomp = Compiled(PLAN)
+    model.generation_config.max_new_tokens = 7
     return model.eval()
 
 
@@ -83,7 +84,7 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: compiled(new("llama")),
     "llama-tied": lambda: compiled(new("llama", tie_word_embeddings=True)),
     "llama-bias-bf16": lambda: compiled(new("llama", torch.bfloat16, attention_bias=True, mlp_bias=True)),
-    "llama-head": lambda: compiled(new("llama", tie_word_embeddings=True), skip=()),
+    "llama-head-bf16": lambda: compiled(new("llama", torch.bfloat16, tie_word_embeddings=True), skip=()),
     "gpt2": lambda: compiled(new("gpt2", tie_word_embeddings=True)),
     "gpt2-half": lambda: compiled(new("gpt2", torch.float16)),
 }
@@ -143,6 +144,9 @@ def test_loaded_model_equals_the_saved_one(models: dict[str, PreTrainedModel], s
         assert (state[key].dtype, state[key].stride()) == (tensor.dtype, tensor.stride()), key
         assert torch.equal(state[key], tensor), key
     assert torch.equal(logits(after), logits(before))
+    for key, module in before.named_modules():
+        if isinstance(module, MixedLinear):
+            assert after.get_submodule(key).weight.dtype == module.weight.dtype == before.dtype
     assert after.mixcomp.plan == PLAN
     assert after.generation_config.to_dict() == before.generation_config.to_dict()
     head, embedding = after.get_output_embeddings(), after.get_input_embeddings()
@@ -195,7 +199,10 @@ def test_same_model_same_bytes(models: dict[str, PreTrainedModel], shelf: Path, 
     assert content(tmp_path / "loaded") == content(shelf / name)
 
 
-def test_saving_leaves_the_model_and_the_world_alone(models: dict[str, PreTrainedModel], tmp_path: Path) -> None:
+def test_saving_leaves_the_model_and_the_world_alone(
+    models: dict[str, PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_init_weights", lambda model, module: torch.rand(1))
     model = models["llama-bias-bf16"]
     config, state = model.config.to_dict(), {k: v.clone() for k, v in model.state_dict().items()}
     world = torch.get_rng_state(), torch.get_default_dtype(), torch.get_default_device()
@@ -258,6 +265,15 @@ def test_attention_is_the_one_that_ran(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
 
 
+def test_parameters_over_one_memory_are_stored_once_and_tied(tmp_path: Path) -> None:
+    model = BUILDERS["llama"]()
+    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data)
+    save(model, tmp_path / "out")
+    assert check_folder(tmp_path / "out").ties == {"lm_head.weight": "model.embed_tokens.weight"}
+    after = load(tmp_path / "out")
+    assert after.lm_head.weight is after.model.embed_tokens.weight
+
+
 def test_two_paths_to_one_layer_are_stored_once(tmp_path: Path) -> None:
     model = BUILDERS["llama"]()
     model.model.layers[1].mlp = model.model.layers[0].mlp
@@ -278,6 +294,14 @@ def test_building_the_skeleton_touches_no_weight() -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+def test_a_config_may_ask_for_as_many_parameters_as_are_stored() -> None:
+    model = new("llama")
+    config, count = json.loads(model.config.to_json_string()), len(list(model.parameters()))
+    skeleton.build(config, "LlamaForCausalLM", None, count)
+    with pytest.raises(ArtifactError, match=f"more than {count - 1} parameters"):
+        skeleton.build(config, "LlamaForCausalLM", None, count - 1)
 
 
 # --- the folder ---
@@ -543,6 +567,18 @@ DROP = object()
 SHARD = "mixcomp-00001.safetensors"
 SITE = "model.layers.0.self_attn.q_proj"
 TENSOR = ("files", SHARD, "tensors", "model.embed_tokens.weight")
+
+
+def repeat(data: dict[str, Any]) -> None:
+    """List a tensor in a second file, which grows by it."""
+    other = data["files"]["mixcomp-00002.safetensors"]
+    other["tensors"][TENSOR[-1]] = data["files"][SHARD]["tensors"][TENSOR[-1]]
+    listed = {
+        name: shards.StoredTensor(shards.DTYPES[t["dtype"]], tuple(t["shape"])) for name, t in other["tensors"].items()
+    }
+    other["size"] = shards.file_size(listed)
+
+
 FORGERIES: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (put("format_version", 2), r"format version 2, this release reads version 1.*mixcomp '\d+\.\d+"),
     (put("format_version", 0), "format_version"),
@@ -591,6 +627,7 @@ FORGERIES: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (put(*TENSOR, "shape", [True, 4096]), "model.embed_tokens.weight"),
     (put(*TENSOR, "shape", [32, 128]), SHARD),
     (put(*TENSOR, "sha256", "0" * 64), SHARD),
+    (repeat, "model.embed_tokens.weight.*one file only"),
     (put(*TENSOR, "sha256", "0"), "model.embed_tokens.weight"),
     (put("files", SHARD, "tensors", "n" * 1025, {}), "'tensors' is 'nnn.*1024 characters"),
     (put("sites", SITE, "format", "segments", [[64, 7]]), rf"{SITE}.*7"),
@@ -670,6 +707,7 @@ def test_configs_that_ask_for_code_are_refused(folder: Path, fields: dict[str, A
         ({"hidden_size": "64"}, "config.json"),
         ({"intermediate_size": 10**12}, "config.json"),
         ({"num_attention_heads": 0}, "config.json"),
+        ({"intermediate_size": 96}, "stored as 64 x 80"),
         ({"num_hidden_layers": 1}, r"layers\.1\..*no linear there"),
         ({"num_hidden_layers": 3}, "missing"),
         ({"num_hidden_layers": 10**9}, "more than"),

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from mixcomp.lowering.module import MixedLinear
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -18,6 +17,7 @@ from mixcomp import verify
 from mixcomp.capture import capture, capture_dynamo
 from mixcomp.errors import CaptureError, ConfigError, InputError, MixCompError, WeightError
 from mixcomp.format import Segment, SiteFormat
+from mixcomp.lowering.module import MixedLinear
 from mixcomp.ops import LINEAR
 from mixcomp.packed import PackedWeight, pack_codes
 from mixcomp.patterns import match, matches

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from mixcomp.lowering.module import MixedLinear
 from rich.console import Console
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -22,6 +21,7 @@ from typer.testing import CliRunner
 from families import build
 from mixcomp import api, artifact, cli, data, demo, evaluate, release, sources
 from mixcomp.errors import BudgetError
+from mixcomp.lowering.module import MixedLinear
 from mixcomp.plan import Compiled
 from mixcomp.progress import Bars
 from mixcomp.report import describe

@@ -11,7 +11,7 @@ from torch import nn
 from lowering_cases import case
 from mixcomp.lowering.module import MixedLinear
 
-SHAPE = [(4, 2), (16, 3), (13, 5)]
+SHAPE = [(10, 3), (13, 5), (4, 2), (6, 3)]
 
 
 def module(seed: int = 0, *, rank: int = 2, scatter: bool = True, bias: bool = True) -> MixedLinear:

@@ -68,8 +68,12 @@ def test_dequantize_is_the_formula_element_by_element(drawn: tuple[PackedWeight,
     level = code - 128 if width == 8 else 2 * code - (2**width - 1)
     wanted = float(weight.factors[row]) * int(scales[row, column // 32]) * level
     if fmt.rank:
-        assert weight.branch_a is not None and weight.branch_b is not None and weight.branch_scale is not None
-        wanted += float((weight.branch_a[row].double() * weight.branch_scale.double()) @ weight.branch_b[:, column].double())
+        assert weight.branch_a is not None
+        assert weight.branch_b is not None
+        assert weight.branch_scale is not None
+        wanted += float(
+            (weight.branch_a[row].double() * weight.branch_scale.double()) @ weight.branch_b[:, column].double()
+        )
     place = row if weight.row_index is None else int(weight.row_index[row])
     assert float(out[place, column]) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import Blueprint, Kind, Layer, build, context
 
 from mixcomp import manager
 from mixcomp.budget import limits, row_bits
@@ -23,8 +22,11 @@ from mixcomp.passes import (
     ReorderFeatures,
 )
 from mixcomp.program import Program
+from programs import Blueprint, Kind, Layer, build, context
 
-MODEL = Blueprint((Layer(Kind.GATED, 100), Layer(Kind.PLAIN, 66, bias=True), Layer(Kind.REUSED, 80)), width=160, vocab=13)
+MODEL = Blueprint(
+    (Layer(Kind.GATED, 100), Layer(Kind.PLAIN, 66, bias=True), Layer(Kind.REUSED, 80)), width=160, vocab=13
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +80,16 @@ def test_overrides_pin_widths(priced: Program) -> None:
     found = assigned(priced, 5.5, fixed=(("layers.0.down", 8), ("layers.1.proj", 2)))
     assert set(found.tensor("layers.0.down", "widths").tolist()) == {8}
     assert set(found.tensor("layers.1.proj", "widths").tolist()) == {2}
-    with pytest.raises(ConfigError, match="'layers.9'"):
+    with pytest.raises(ConfigError, match=r"'layers\.9'"):
         assigned(priced, 5.0, fixed=(("layers.9", 8),))
 
 
 def test_payload_budgets_count_codes_only(priced: Program) -> None:
     found = assigned(priced, Budget(4.0, count="payload"))
     sites = found.open_sites()
-    payload = sum(SiteFormat(s.rows, s.columns, runs(found.tensor(s.name, "widths").tolist())).payload_bits() for s in sites)
+    payload = sum(
+        SiteFormat(s.rows, s.columns, runs(found.tensor(s.name, "widths").tolist())).payload_bits() for s in sites
+    )
     weights = sum(s.rows * s.columns for s in sites)
     assert 3.9 * weights < payload <= 4.0 * weights
 
@@ -99,7 +103,8 @@ def test_out_of_range_budgets_name_floor_and_ceiling(priced: Program) -> None:
 def test_the_floor_is_reached_and_stored(priced: Program) -> None:
     bounds = limits(priced.sites, {}, {}, "stored")
     bits, weights = stored(assigned(priced, Budget(bounds.floor / bounds.weights + 1e-9)))
-    assert bits == bounds.floor and weights == bounds.weights
+    assert bits == bounds.floor
+    assert weights == bounds.weights
 
 
 @given(st.integers(1, 300), st.sampled_from(WIDTHS), st.booleans())

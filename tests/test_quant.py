@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -22,8 +24,10 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 @given(strategies.nasty_weights(), widths)
 def test_any_finite_weight_gives_finite_stored_scales(weight: torch.Tensor, width: int) -> None:
     grid = fit_grid(weight, torch.ones(weight.shape[1]), width, "site")
-    assert torch.isfinite(grid.factors).all() and (grid.factors > 0).all()
-    assert int(grid.scales.min()) >= 1 and int(grid.scales.max()) <= 16
+    assert torch.isfinite(grid.factors).all()
+    assert (grid.factors > 0).all()
+    assert int(grid.scales.min()) >= 1
+    assert int(grid.scales.max()) <= 16
     assert torch.isfinite(dequantize(round_nearest(weight, grid), grid)).all()
 
 
@@ -114,7 +118,7 @@ def test_more_bits_lose_less() -> None:
     for width in WIDTHS:
         grid = fit_grid(weight, torch.ones(128), width, "site")
         losses.append(float((weight - dequantize(round_nearest(weight, grid), grid)).square().mean()))
-    ratios = [a / b for a, b in zip(losses, losses[1:], strict=False)]
+    ratios = [a / b for a, b in itertools.pairwise(losses)]
     assert all(r > 3 for r in ratios), ratios  # about 4 per bit
 
 

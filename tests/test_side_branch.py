@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from programs import Blueprint, Kind, Layer, build, context
 
 from mixcomp import manager
 from mixcomp.config import Budget
@@ -15,7 +14,7 @@ from mixcomp.passes import AnnotateSalience, AssignPrecision, CollectStatistics,
 from mixcomp.passes.directions import branch_bits, error_spectrum
 from mixcomp.passes.side_branch import InsertSideBranch
 from mixcomp.program import Program
-
+from programs import Blueprint, Kind, Layer, build, context
 
 MODEL = Blueprint((Layer(Kind.PLAIN, 64, bias=True), Layer(Kind.GATED, 64)), width=64, vocab=13)
 
@@ -43,11 +42,15 @@ def test_shares_and_residual_are_the_spectrum(shape: tuple[int, int], count: int
     error, sigma, gamma = problem(*shape, seed)
     values = oracle(error, sigma, gamma)
     found = error_spectrum(error, sigma, gamma, count, draw())
-    torch.testing.assert_close(found.shares.double(), (values / values.sum())[: len(found.shares)], rtol=0.02, atol=1e-4)
+    torch.testing.assert_close(
+        found.shares.double(), (values / values.sum())[: len(found.shares)], rtol=0.02, atol=1e-4
+    )
     root = gamma.sqrt()[:, None]
     kept = found.vectors / root @ ((found.vectors * root).T @ error)
     left = oracle(error - kept, sigma, gamma).sum()
-    assert float(left) == pytest.approx(float(values[len(found.shares) :].sum()), rel=0.02, abs=1e-3 * float(values.sum()))
+    assert float(left) == pytest.approx(
+        float(values[len(found.shares) :].sum()), rel=0.02, abs=1e-3 * float(values.sum())
+    )
 
 
 def test_it_beats_plain_svd_and_output_pca() -> None:
@@ -70,7 +73,13 @@ def test_no_error_has_no_directions() -> None:
 def quantized(rank: int) -> tuple[Program, Program]:
     """A program with one planned branch, before and after ``insert-side-branch``."""
     program = build(MODEL)
-    steps = (CollectStatistics(), AnnotateSalience(), AssignPrecision(Budget(5.0)), ReorderFeatures(), QuantizeWeights())
+    steps = (
+        CollectStatistics(),
+        AnnotateSalience(),
+        AssignPrecision(Budget(5.0)),
+        ReorderFeatures(),
+        QuantizeWeights(),
+    )
     before = manager.run(program, steps, context(MODEL), level=2)
     room = before.tensor("budget", "bits") + 2 * branch_bits(64, 64)
     none = {f"{s.name}/planned_rank": torch.tensor(0) for s in before.open_sites()}
@@ -81,7 +90,8 @@ def quantized(rank: int) -> tuple[Program, Program]:
 def test_a_planned_branch_lowers_the_loss_with_its_stored_factors() -> None:
     before, after = quantized(2)
     site = after.site("layers.1.down")
-    assert site.format is not None and site.format.rank == 2
+    assert site.format is not None
+    assert site.format.rank == 2
     weight = PackedWeight(site.format, **{k: after.tensor(site.name, k) for k in site.format.tensors()})
     original = after.weight(site).detach().double()
     sigma, gamma = after.tensor(site.input, "sigma").double(), after.tensor(site.name, "gamma").double()

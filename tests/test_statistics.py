@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from programs import Blueprint, Kind, Layer, build
 from torch import nn
 
 from mixcomp.errors import CalibrationError
@@ -14,6 +13,7 @@ from mixcomp.ops import LINEAR
 from mixcomp.passes.statistics import CollectStatistics
 from mixcomp.program import META, Program
 from mixcomp.protocol import Context
+from programs import Blueprint, Kind, Layer, build
 
 TWO = Blueprint((Layer(Kind.GATED, 24), Layer(Kind.PLAIN, 20, bias=True)), width=16, vocab=11)
 
@@ -48,7 +48,9 @@ def test_second_moments_are_means_of_outer_products() -> None:
         if name == "lm_head":
             continue
         wanted = x.T @ x / len(x)
-        torch.testing.assert_close(found.tensor(program.site(name).input, "sigma").double(), wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            found.tensor(program.site(name).input, "sigma").double(), wanted, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_how_the_text_is_cut_into_batches_does_not_matter() -> None:
@@ -108,7 +110,9 @@ def test_a_16_bit_model_is_measured_in_fp32() -> None:
     """bf16 weights on a CPU: the same numbers as an fp32 model that holds the same weights, to fp32 rounding."""
     layers = (Layer(Kind.GATED, 24, dtype=torch.bfloat16), Layer(Kind.PLAIN, 20, dtype=torch.bfloat16))
     narrow = build(Blueprint(layers, width=16, vocab=11))
-    wide = build(replace(Blueprint(layers, width=16, vocab=11), layers=tuple(replace(x, dtype=torch.float32) for x in layers)))
+    wide = build(
+        replace(Blueprint(layers, width=16, vocab=11), layers=tuple(replace(x, dtype=torch.float32) for x in layers))
+    )
     with torch.no_grad():
         for name, parameter in narrow.graph_module.named_parameters():
             wide.graph_module.get_parameter(name).copy_(parameter)

@@ -8,12 +8,12 @@ from functools import cache
 
 import pytest
 from hypothesis import Phase, given, settings
-from mixcomp.lowering.lower import LowerLinears
 
 import decisions
 import strategies
 from mixcomp import table_laws
 from mixcomp.errors import InvariantError
+from mixcomp.lowering.lower import LowerLinears
 from mixcomp.manager import run
 from mixcomp.packed import pack_codes
 from mixcomp.program import Fact, Program
@@ -40,8 +40,8 @@ def base(kind: str) -> Program:
 
 
 def snapshot(program: Program, mutant: Mutant, level: int) -> Snapshot | None:
-    """Nothing comes after lowering: a broken lowered program is what lower-linears made, not what a pass made of it."""
-    return None if mutant.base == "lowered" else Snapshot.of(program, level)
+    """None where the mutant stands alone, as do lowered ones: they are what lower-linears made, no pass comes after."""
+    return None if mutant.alone else Snapshot.of(program, level)
 
 
 @pytest.mark.parametrize("kind", ["decided", "lowered", "tied"])
