@@ -153,7 +153,12 @@ def _generation_text(model: PreTrainedModel) -> dict[str, bytes]:
 
 def _plan_text(model: PreTrainedModel) -> dict[str, bytes]:
     compiled = getattr(model, "mixcomp", None)
-    return {} if compiled is None else {PLAN: _text(compiled.plan.to_json())}
+    if compiled is None:
+        return {}
+    try:
+        return {PLAN: _text(compiled.plan.to_json())}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model.mixcomp.plan cannot be written as JSON ({error}); compile the model again") from error
 
 
 def _text(data: Any) -> bytes:

@@ -57,7 +57,7 @@ class MixCompQuantizer(HfQuantizer):
         return config
 
     def update_tp_plan(self, config: Any) -> Any:
-        """The same step as transformers before 5.18 calls it."""
+        """The same step, as older releases of transformers call it."""
         return self.update_attn_implementation(config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:

@@ -46,7 +46,8 @@ class InsertSideBranch(Pass):
             rank = int(branch["branch_scale"].shape[0])
             fmt = replace(site.layout, rank=rank)
             sites[site.name] = replace(site, format=fmt)
-            bits = program.tensor(site.name, "planned_bits") + rank * branch_bits(site.rows, site.columns)
+            more = rank - site.layout.rank  # a second run of the pass finds its own branch there
+            bits = program.tensor(site.name, "planned_bits") + more * branch_bits(site.rows, site.columns)
             tensors[f"{site.name}/planned_bits"] = bits
             tensors.update({f"{site.name}/{key}": value for key, value in branch.items()})
         return program.with_sites(sites).with_tensors(tensors)

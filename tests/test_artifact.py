@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +407,15 @@ def test_only_compiled_transformers_models_are_saved(tmp_path: Path) -> None:
     model.model.layers[1].mlp.up_proj.factors[3] = torch.inf
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj.*finite"):
         save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    model = BUILDERS["llama"]()
+    for value in (torch.zeros(1), float("nan")):
+        model.mixcomp = Compiled(replace(PLAN, options={"budget": value}))
+        with pytest.raises(InputError, match="plan cannot be written as JSON"):
+            save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

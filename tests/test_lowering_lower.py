@@ -175,7 +175,8 @@ def compiled(model: Block) -> tuple[Program, dict[str, torch.Tensor]]:
         free = name in ("up", "gate")
         made = case([(shape[0] - 3, 3), (3, 6)], shape[1], scatter=not free, rank=0 if free else 1, seed=number)
         aliases = ("again.weight", "tied.weight") if name == "down" else ()
-        reference = WeightRef(f"{name}.weight", aliases, shape, torch.float32, transposed=name == "conv")
+        dtype = model.get_parameter(f"{name}.weight").dtype
+        reference = WeightRef(f"{name}.weight", aliases, shape, dtype, transposed=name == "conv")
         bias = None if name == "down" else f"{name}.bias"
         sites.append(Site(name, (), reference, bias, "x", format=made.weight.fmt))
         weight = made.base + made.side
@@ -214,7 +215,13 @@ def test_every_path_gets_the_new_module(model: Block) -> None:
     assert not model.gate.training
     assert [n for n, _ in model.named_children()] == ["up", "gate", "down", "conv", "head"]
     assert {n for n, _ in model.named_parameters()} == {"head.weight"}
-    assert model.up.weight.dtype == torch.float32
+
+
+def test_dtypes_stay(model: Block) -> None:
+    model.bfloat16()
+    write_back(compiled(model)[0], model)
+    assert model.down.weight.dtype == model.up.bias.dtype == torch.bfloat16
+    assert model(torch.randn(2, 33).bfloat16()).dtype == torch.bfloat16
 
 
 def test_originals_are_freed(model: Block) -> None:

@@ -114,6 +114,7 @@ def test_opcheck(dtype: torch.dtype, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@torch._dynamo.config.patch(only_allow_pt2_compliant_ops=True)
 def test_compiles_whole_with_dynamic_shapes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     made = case([(16, 3), (17, 5)], 70, scatter=True, bias=True, dyadic=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,11 +22,11 @@ Path = Callable[[torch.Tensor, PackedWeight, torch.Tensor | None], torch.Tensor]
 
 
 def _bags(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    return cpu.by_bags(x, cpu.make_form(weight), bias)
+    return cpu.by_bags(x, cpu.table_form(weight), bias)
 
 
 def _gemm(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    return cpu.by_gemm(x, cpu.make_form(weight), bias)
+    return cpu.by_gemm(x, cpu.table_form(weight), bias)
 
 
 PATHS: dict[str, Path] = {"bags": _bags, "gemm": _gemm, "reference": reference.mixed_linear}
@@ -158,16 +159,17 @@ class TestForms:
     )
     def test_made_again_when_a_tensor_changes(self, made: list[PackedWeight], name: str) -> None:
         weight = case([(8, 3), (8, 5)], 64, scatter=True, rank=2).weight
-        x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
         cpu.table_form(weight)
-        tensors = weight.tensors()
-        tensors[name].copy_(tensors[name].flip(0))
-        got = cpu.by_bags(x, cpu.table_form(weight), None)
-        assert len(made) == 2
-        torch.testing.assert_close(got, reference.mixed_linear(x, weight, None), rtol=1e-4, atol=1e-5)
-        tensors[name] = tensors[name].clone()
-        cpu.table_form(PackedWeight(weight.fmt, **tensors))
+        exchanged = replace(weight, **{name: weight.tensors()[name].flip(0)})
+        self.require_current(exchanged)
+        exchanged.tensors()[name].copy_(weight.tensors()[name])
+        self.require_current(exchanged)
         assert len(made) == 3
+
+    def require_current(self, weight: PackedWeight) -> None:
+        x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+        got = cpu.by_bags(x, cpu.table_form(weight), None)
+        torch.testing.assert_close(got, reference.mixed_linear(x, weight, None), rtol=1e-4, atol=1e-5)
 
     def test_dropped_with_its_codes(self) -> None:
         gc.collect()

@@ -207,6 +207,8 @@ def test_dumps_are_numbered_over_several_runs(
     assert (folder / "002_toy-widths.txt").read_text() == (folder / "003_idle.txt").read_text()
     assert "facts: assigned salience" in (folder / "003_idle.txt").read_text()
     assert len(second.history) == 3
+    run(first, [Widths()], Context())
+    assert sorted(p.name for p in folder.iterdir()) == names[:3]
     run(program, [Idle()], Context())
     assert sorted(p.name for p in folder.iterdir()) == ["000_input.txt", "001_idle.txt"]
 
