@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixcomp import skeleton
-from mixcomp.errors import ArtifactError, FormatError, InputError
+from mixcomp.errors import ArtifactError, FormatError, InputError, MixCompError
 from mixcomp.files import check_name, need_room, new_folder, read_whole, sha256, write_file
 from mixcomp.format import VERSION
 from mixcomp.lowering.module import MixedLinear
@@ -125,7 +125,13 @@ def _check_replaceable(target: Path) -> None:
     found = {path.name for path in target.iterdir()}
     ours: set[str] = set()
     if MANIFEST in found:
-        ours = {MANIFEST, *Manifest.from_bytes(read_whole(target, MANIFEST, MAX_MANIFEST)).files}
+        try:
+            ours = {MANIFEST, *Manifest.from_bytes(read_whole(target, MANIFEST, MAX_MANIFEST)).files}
+        except MixCompError as error:
+            raise ArtifactError(
+                f"{target}: what is there cannot be read, so it is not replaced ({error}); "
+                "choose another folder or remove this one"
+            ) from error
     if found - ours:
         raise ArtifactError(
             f"{target}: holds files that MixComp did not write: {sorted(found - ours)[:5]}; "
@@ -189,7 +195,8 @@ def _sites(model: nn.Module) -> dict[str, StoredSite]:
                 check_values(module.packed())
             except FormatError as error:
                 raise InputError(f"layer {name!r}: {error}; compile the model again") from error
-            out[name] = StoredSite(module.fmt, module.dtype, None if module.bias is None else module.bias.dtype)
+            bias = module.bias
+            out[name] = StoredSite(module.fmt, module.dtype, bias.dtype if isinstance(bias, torch.Tensor) else None)
     return out
 
 

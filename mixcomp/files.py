@@ -73,12 +73,12 @@ def check_size(file: BinaryIO, name: str, size: int) -> None:
         raise ArtifactError(f"{name}: {problem}, {found} bytes where {size} are listed; copy or save the folder again")
 
 
-def fill(file: BinaryIO, name: str, target: memoryview) -> None:
-    """Read exactly ``len(target)`` bytes, through short reads."""
+def fill(file: BinaryIO, name: str, target: memoryview, offset: int) -> None:
+    """Read exactly ``len(target)`` bytes from ``offset`` on, through short reads; threads may share the file."""
     done = 0
     while done < len(target):
         try:
-            count = file.readinto(target[done:])  # type: ignore[attr-defined]
+            count = os.preadv(file.fileno(), [target[done:]], offset + done)
         except OSError as error:
             raise ArtifactError(f"{name}: cannot be read ({error.strerror}); check the disk") from error
         if not count:
@@ -93,7 +93,7 @@ def read_whole(folder: Path, name: str, limit: int) -> bytes:
         if size > limit:
             raise ArtifactError(f"{name}: {size} bytes, at most {limit} are read; save the model again")
         data = bytearray(size)
-        fill(file, name, memoryview(data))
+        fill(file, name, memoryview(data), 0)
         return bytes(data)
 
 
@@ -105,7 +105,7 @@ def check_digest(folder: Path, name: str, size: int, wanted: str) -> None:
         piece = memoryview(bytearray(min(_PIECE, size)))
         for start in range(0, size, _PIECE):
             part = piece[: size - start]
-            fill(file, name, part)
+            fill(file, name, part, start)
             digest.update(part)
     if digest.hexdigest() != wanted:
         raise ArtifactError(f"{name}: damaged, its sha256 is not the listed one; copy or save the folder again")

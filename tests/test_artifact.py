@@ -324,6 +324,11 @@ def test_folders_of_others_are_not_touched(models: dict[str, PreTrainedModel], f
     with pytest.raises(ArtifactError, match=r"did not write: \['notes.txt'\]"):
         save(models["gpt2"], folder)
     assert content(folder) == before
+    (folder / "notes.txt").unlink()
+    (folder / MANIFEST).write_text("{}")
+    with pytest.raises(ArtifactError, match=r"cannot be read, so it is not replaced .*format_version"):
+        save(models["gpt2"], folder)
+    assert set(content(folder)) == set(before) - {"notes.txt"}
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ArtifactError, match="is a file"):
         save(models["gpt2"], tmp_path / "file")

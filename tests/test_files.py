@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import io
 import os
 import re
 import signal
@@ -299,22 +298,26 @@ def test_devices_are_not_opened() -> None:
         files.open_regular(Path("/dev"), "null")
 
 
-class Slow(io.RawIOBase):
-    """Hands out one to three bytes at a time."""
+def test_short_reads_are_continued_and_an_early_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(bytes(range(100)))
+    preadv = os.preadv
+    monkeypatch.setattr(files.os, "preadv", lambda fd, views, at: preadv(fd, [views[0][: 1 + at % 3]], at))
+    with files.open_regular(tmp_path, "x") as file:
+        target = bytearray(90)
+        files.fill(file, "x", memoryview(target), 10)
+        assert target == bytes(range(10, 100))
+        with pytest.raises(ArtifactError, match="x: ended 3 bytes early"):
+            files.fill(file, "x", memoryview(target), 13)
 
-    def __init__(self, data: bytes) -> None:
-        self.data = io.BytesIO(data)
 
-    def readinto(self, target: Any) -> int:
-        return self.data.readinto(memoryview(target)[: 1 + self.data.tell() % 3])
+def test_an_unreadable_disk_is_an_artifact_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
 
-
-def test_short_reads_are_continued_and_an_early_end_is_named() -> None:
-    target = bytearray(100)
-    files.fill(Slow(bytes(range(100))), "x", memoryview(target))  # type: ignore[arg-type]
-    assert target == bytes(range(100))
-    with pytest.raises(ArtifactError, match="x: ended 3 bytes early"):
-        files.fill(Slow(bytes(97)), "x", memoryview(target))  # type: ignore[arg-type]
+    (tmp_path / "x").write_bytes(b"abc")
+    monkeypatch.setattr(files.os, "preadv", broken)
+    with pytest.raises(ArtifactError, match=r"x: cannot be read .Input/output error"):
+        files.read_whole(tmp_path, "x", 3)
 
 
 def test_sizes_and_digests(tmp_path: Path) -> None:
