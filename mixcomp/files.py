@@ -237,7 +237,10 @@ def _claim(target: Path) -> tuple[Path, int]:
     while True:
         partial = _sibling(target)
         partial.mkdir()
-        lock = os.open(partial, os.O_RDONLY)
+        try:
+            lock = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # another writer swept it before it could be locked
+            continue
         with suppress(OSError):  # a file system without locks: then nothing is ever swept
             fcntl.flock(lock, fcntl.LOCK_EX)
         if partial.is_dir():
