@@ -95,7 +95,7 @@ def compile(
             seed=config.seed, device=device,
         )  # fmt: skip
     context = Context(device, text.batches, config.seed, clock.progress)
-    for step in _passes(config, fixed):
+    for step in _passes(config, fixed, device):
         with clock.stage(step.name):
             program = manager.run(program, (step,), context)
     with clock.stage("write back"):
@@ -105,9 +105,9 @@ def compile(
     return target
 
 
-def _passes(config: CompileConfig, fixed: Mapping[str, int]) -> tuple[Pass, ...]:
+def _passes(config: CompileConfig, fixed: Mapping[str, int], device: torch.device) -> tuple[Pass, ...]:
     return (
-        CollectStatistics(),
+        CollectStatistics(GRADIENT_TOKENS[device.type]),
         AnnotateSalience(),
         AssignPrecision(config.budget, config.strategy, tuple(sorted(fixed.items()))),  # type: ignore[arg-type]
         ReorderFeatures(),

@@ -19,7 +19,7 @@ BACKWARD_BYTES = 8 << 30
 #: tokens of context that a window of the backward pass keeps at least
 SHORTEST = 256
 #: tokens of one forward pass without gradients
-FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
+FORWARD_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(frozen=True)
