@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from mixcomp.config import Budget
     from mixcomp.program import Program
 
+#: tokens of the backward pass: output weights settle early, and on a CPU they cost most of the time
+GRADIENT_TOKENS = {"cpu": 8192, "cuda": 65536}
+
 
 def compile(
     model: torch.nn.Module,
