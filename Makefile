@@ -1,7 +1,7 @@
 # make demo   install, compile a real language model, show what came of it
 # make test   install, run every test that needs no GPU
 # make check  lint, format, types
-# make size   lines of code against the ceilings
+# make size   lines of every file; tests/test_architecture.py holds the ceilings
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -12,8 +12,6 @@ BIN := .venv/bin
 STAMP := .venv/installed
 FARM := build/typecheck
 CODE := mixcomp passes lowering kernels
-LARGEST_FILE := 400
-LARGEST_TOTAL := 8000
 
 # the parts of the package lie in folders of their own; the type checker sees them as they are installed
 MAPPED := passes lowering kernels
@@ -40,11 +38,7 @@ check: $(STAMP) $(FARM)
 	MYPYPATH=$(FARM) $(BIN)/mypy -p mixcomp
 
 size:
-	@find $(CODE) -name '*.py' -print0 | sort -z | xargs -0 wc -l | awk '
-	  { print }
-	  $$2 != "total" && $$1 > $(LARGEST_FILE) { print "  more than $(LARGEST_FILE) lines"; bad = 1 }
-	  $$2 == "total" && $$1 > $(LARGEST_TOTAL) { print "  more than $(LARGEST_TOTAL) lines in all"; bad = 1 }
-	  END { exit bad }'
+	@find $(CODE) -name '*.py' -print0 | sort -z | xargs -0 wc -l
 
 clean:
 	rm -rf .venv .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

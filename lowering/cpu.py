@@ -76,7 +76,9 @@ def by_bags(x: torch.Tensor, form: TableForm, bias: torch.Tensor | None) -> torc
     tokens, columns = x.shape
     numbers = x.float()
     sums = form.bags(*_groups(columns, tokens), numbers.reshape(-1))
-    out = sums.view(tokens, *form.scale.shape).mul_(form.scale).sum(1)
+    if tokens > 1:
+        sums = sums.view(tokens, *form.scale.shape)
+    out = sums.mul_(form.scale).sum(-2, keepdim=tokens == 1)
     return form.finish(out, numbers, bias, x.dtype)
 
 
@@ -107,8 +109,7 @@ def _find(weight: PackedWeight) -> TableForm | None:
     codes, form = _forms.get(id(weight.codes), (None, None))
     if codes is None or form is None or codes() is not weight.codes or form.versions != _versions(weight):
         return None
-    same = all(old is new for old, new in zip(form.made_from, _parts(weight), strict=True))
-    return form if same else None
+    return form if [*map(id, form.made_from)] == [*map(id, _parts(weight))] else None
 
 
 def _parts(w: PackedWeight) -> tuple[torch.Tensor | None, ...]:

@@ -54,7 +54,7 @@ class LowerLinears(Pass):
                 operands = packed.get(site.name) or _place(program, site, node)
                 packed[site.name] = operands
                 _rewrite(node, operands)
-            context.progress("lower", len(packed), len(sites))
+                context.progress("lower", len(packed), len(sites))
         return replace(program, graph_module=fx.GraphModule(module, module.graph, type(module).__name__))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mixcomp.hook import register_when_imported
+
 if TYPE_CHECKING:
     from mixcomp.api import compile
     from mixcomp.artifact import load, save
@@ -27,6 +29,8 @@ _HOME = {
 
 __all__ = ["Budget", "MixCompError", "Plan", "compile", "load", "save"]
 __version__ = "0.1.0"
+
+register_when_imported()  # AutoModelForCausalLM.from_pretrained reads our folders after ``import mixcomp``
 
 
 def __getattr__(name: str) -> Any:

@@ -65,7 +65,7 @@ def save(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None) -
     """
     _check_model(model)
     target = Path(folder).resolve()
-    _check_replaceable(target)
+    check_replaceable(target)
     texts = {
         CONFIG: _config_text(model),
         **_generation_text(model),
@@ -116,7 +116,7 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
     """``ArtifactError`` unless ``target`` is absent, empty, or holds nothing but what a manifest in it lists."""
     if not target.exists():
         return

@@ -88,7 +88,7 @@ def compile_verb(
         _check_early(options, calibration)
         from mixcomp import api, artifact, report, sources
 
-        sources.check_target(out)
+        artifact.check_replaceable(out)
         original = sources.load_original(model, sources.pick_device(device))
         tokenizer = sources.load_tokenizer(model)
         options |= {"calibration": calibration, "tokenizer": tokenizer, "progress": progress}

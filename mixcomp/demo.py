@@ -89,7 +89,7 @@ def run(name: str | None, budget: float | str, out: Path, device: str, progress:
     from mixcomp.calibration import TokenLimits
     from mixcomp.files import write_atomic
 
-    sources.check_target(out / "model")
+    artifact.check_replaceable(out / "model")
     folder = name or str(_release(out, progress))
     original, tokenizer = sources.load_original(folder, device), sources.load_tokenizer(folder)
     if tokenizer is None:

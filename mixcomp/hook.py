@@ -49,7 +49,10 @@ class _Waiting(MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                _register()
+                if (
+                    "mixcomp.hf" not in sys.modules
+                ):  # else it is what imports the registry, half made: its importer registers
+                    _register()
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -61,12 +61,6 @@ def is_compiled(name: str) -> bool:
     return isinstance(settings, dict) and settings.get("quant_method") == "mixcomp"
 
 
-def check_target(out: Path) -> None:
-    """Refuse a folder that saving would refuse, before the work is done."""
-    if out.exists() and not is_compiled(str(out)) and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} holds something that is no compiled model; choose another folder to write")
-
-
 def load_any(name: str, device: str) -> Any:
     """A compiled folder if it is one, an original model otherwise."""
     if not is_compiled(name):

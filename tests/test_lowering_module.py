@@ -7,9 +7,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowering_cases import case
+from mixcomp.lowering import module as module_file
 from mixcomp.lowering.module import MixedLinear
+from mixcomp.lowering.ops import MIXED_LINEAR, may_skip_dispatcher
 
 SHAPE = [(10, 3), (13, 5), (4, 2), (6, 3)]
 
@@ -53,6 +56,34 @@ def test_its_tensors_are_the_packed_ones() -> None:
     layer = MixedLinear(made.weight)
     assert all(t is made.weight.tensors()[name] for name, t in layer.packed().tensors().items())
     assert layer.bias is None
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[object] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_still_sees_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, data = module(), x()
+    with torch.no_grad():
+        direct = layer(data)
+        with _Recorder() as recorder:
+            watched = layer(data)
+        assert MIXED_LINEAR in recorder.seen
+        assert torch.equal(direct, watched)
+    answers: list[bool] = []
+    torch.func.vmap(lambda row: answers.append(may_skip_dispatcher(row)) or row)(data)
+    assert answers == [False]
+    assert may_skip_dispatcher(data)
+    assert not may_skip_dispatcher(data.clone().requires_grad_())
+    assert not may_skip_dispatcher(nn.Parameter(data))
+    monkeypatch.setattr(module_file, "may_skip_dispatcher", lambda _: False)
+    assert torch.equal(layer(data), direct)
 
 
 @pytest.mark.parametrize("assign", [False, True])
