@@ -1,0 +1,137 @@
+"""A captured graph cut at its decoder layers, so that one layer can be run, compared and differentiated at a time."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mixcomp.ops import LINEAR
+from mixcomp.program import META, Program
+
+#: a module path down to the first number in it: ``model.layers.7`` of ``model.layers.7.mlp.up_proj``
+_NUMBERED = re.compile(r"(.*?)\.(\d+)(?:\.|$)")
+
+Values = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """A run of the graph's nodes as a module of its own: ``module(*inputs, *weights of sites) -> outputs``.
+
+    ``inputs`` and ``outputs`` are names of values; ``sites`` are the open sites called here, whose weights are handed in.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sites: tuple[str, ...]
+
+    def run(self, values: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> Values:
+        """The outputs by name; ``weights`` maps a site to its weight in canonical order, floating[rows, columns]."""
+        given = [values[name] for name in self.inputs]
+        made = self.module(*given, *(weights[name] for name in self.sites))
+        return dict(zip(self.outputs, made, strict=True))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stages:
+    """What comes before the first layer, every layer, and what comes after the last one."""
+
+    parts: tuple[Stage, ...]
+    tokens: str
+    logits: str
+
+    @property
+    def layers(self) -> range:
+        """Numbers of the parts that are decoder layers."""
+        return range(1, len(self.parts) - 1)
+
+    def live(self, part: int) -> tuple[str, ...]:
+        """Values made in layers before ``part`` and still needed by it or a later part: the hidden state, as a rule."""
+        made = {name for one in self.parts[1:part] for name in one.outputs}
+        needed = {name for one in self.parts[part:] for name in one.inputs}
+        return tuple(sorted(made & needed))
+
+
+def split(program: Program) -> Stages:
+    """Cut a program's graph where a new decoder layer begins, by the module paths that capture left on the nodes.
+
+    A graph without numbered layers becomes a single layer between an empty beginning and an empty end.
+    """
+    graph = program.graph_module.graph
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    number, last = _numbers(nodes)
+    result = next(n for n in graph.nodes if n.op == "output").args[0]
+    logits = _first_tensor(result)
+    sites = {s.name for s in program.open_sites()}
+    parts = [[n for n in nodes if number[n] == i] for i in range(last + 1)]
+    made = tuple(_part(program.graph_module, part, number, i, logits, sites) for i, part in enumerate(parts))
+    tokens = next(n for n in graph.nodes if n.op == "placeholder")
+    return Stages(made, tokens.name, logits.name)
+
+
+def _numbers(nodes: list[fx.Node]) -> tuple[dict[fx.Node, int], int]:
+    """Part of every node: 0 before the first layer, 1.. in the layers, one more after the last; and that last number."""
+    places = [_NUMBERED.match(_path(n)) for n in nodes]
+    counts = Counter(p[1] for p in places if p)
+    if not counts:
+        return dict.fromkeys(nodes, 1), 2
+    stem = counts.most_common(1)[0][0]
+    inside = [i for i, p in enumerate(places) if p and p[1] == stem]
+    out: dict[fx.Node, int] = {}
+    seen: list[str] = []
+    for i, (node, place) in enumerate(zip(nodes, places, strict=True)):
+        if i > inside[-1]:
+            out[node] = len(seen) + 1
+            continue
+        if place and place[1] == stem and place[2] not in seen:
+            seen.append(place[2])
+        out[node] = len(seen)
+    return out, len(seen) + 1
+
+
+def _path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def _first_tensor(result: object) -> fx.Node:
+    if isinstance(result, fx.Node):
+        return result
+    if isinstance(result, (tuple, list)):
+        return _first_tensor(result[0])
+    raise TypeError(f"the graph's output starts with {result!r}, not with logits")
+
+
+def _part(
+    owner: fx.GraphModule,
+    nodes: list[fx.Node],
+    number: Mapping[fx.Node, int],
+    part: int,
+    logits: fx.Node,
+    sites: set[str],
+) -> Stage:
+    """One stage: values from outside become placeholders, parameters stay, weights of open sites come last."""
+    own = set(nodes)
+    used = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in own))
+    called = list(dict.fromkeys(n.meta[META] for n in nodes if n.target is LINEAR and n.meta.get(META) in sites))
+    inputs = [n for n in used if n.op != "get_attr"]
+    outputs = [n for n in nodes if n is logits or any(number[u] > part for u in n.users if u.op != "output")]
+    graph = fx.Graph()
+    copies = {n: graph.placeholder(n.name) for n in inputs}
+    weights = {name: graph.placeholder(f"weight_{i}") for i, name in enumerate(called)}
+    copies |= {n: graph.get_attr(str(n.target)) for n in used if n.op == "get_attr"}
+    for node in nodes:
+        new = graph.node_copy(node, lambda n: copies[n])
+        if node.target is LINEAR and node.meta.get(META) in weights:
+            new.args = (new.args[0], weights[node.meta[META]], new.args[2], False)
+        copies[node] = new
+    graph.output(tuple(copies[n] for n in outputs))
+    graph.eliminate_dead_code()
+    module = fx.GraphModule(owner, graph, "Stage")
+    return Stage(module, tuple(n.name for n in inputs), tuple(n.name for n in outputs), tuple(called))
