@@ -6,6 +6,7 @@ import copy as copying
 import resource
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ from mixcomp.passes import (
     InsertSideBranch,
     QuantizeWeights,
     ReorderFeatures,
+    TuneBlocks,
+    TuneModel,
 )
 from mixcomp.passes.coupling import analyse, needs_index
 from mixcomp.patterns import match
@@ -36,6 +39,13 @@ if TYPE_CHECKING:
 
 #: tokens of the backward pass: output weights settle early, and on a CPU they cost most of the time
 GRADIENT_TOKENS = {"cpu": 8192, "cuda": 65536}
+DEFAULT_EFFORT = {"cpu": "fast", "cuda": "balanced"}
+#: effort -> passes that learn by gradients
+TUNING: dict[str, tuple[Pass, ...]] = {
+    "fast": (),
+    "balanced": (TuneBlocks(),),
+    "best": (TuneBlocks(), TuneModel()),
+}
 
 
 def compile(
@@ -45,7 +55,7 @@ def compile(
     calibration: Any = None,
     tokenizer: Any = None,
     strategy: str = "joint",
-    effort: str = "fast",
+    effort: str | None = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     overrides: Mapping[str, int] | None = None,
@@ -68,7 +78,9 @@ def compile(
         calibration: strings, token tensors, batches, a text file, or None for the bundled text.
         tokenizer: for calibration text; without one, tokens are sampled from the model itself.
         strategy: ``"joint"``, or ``"uniform"``, the baseline at the same stored bits.
-        effort: ``"fast"``: statistics and GPTQ, no gradient tuning.
+        effort: ``"fast"``: statistics and GPTQ; ``"balanced"``, the default on a GPU, also learns rounding and scales
+            layer by layer; ``"best"`` then learns all scales together from the original's predictions.  Each stage is
+            kept only if it helps on calibration windows that it did not see.
         include, exclude: site names or patterns (``"re:..."``) to add to the decoder's linears or leave out.
         overrides: pattern -> width in bits (16 leaves the site alone).
         activations: ``"native"``: the model's own dtype.
@@ -90,6 +102,7 @@ def compile(
         target = _copy(model) if copy else model
         program = _captured(target, config)
     device = program.weight(program.open_sites()[0]).device
+    config = replace(config, effort=config.effort or DEFAULT_EFFORT[device.type])
     fixed = _fixed(program, config)
     _check_budget(program, config, fixed)
     with clock.stage("calibration"):
@@ -116,6 +129,7 @@ def _passes(config: CompileConfig, fixed: Mapping[str, int], device: torch.devic
         ReorderFeatures(),
         QuantizeWeights(),
         InsertSideBranch(),
+        *TUNING[config.effort or "fast"],
         LowerLinears(),
     )
 

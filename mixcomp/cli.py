@@ -59,7 +59,9 @@ def compile_verb(
         Path | None, typer.Option(help="Text file to calibrate on; bundled books by default.")
     ] = None,
     strategy: Annotated[str, typer.Option(help="joint, or uniform: the baseline at the same bytes.")] = "joint",
-    effort: Annotated[str, typer.Option(help="fast: statistics and GPTQ.")] = "fast",
+    effort: Annotated[
+        str | None, typer.Option(help="fast (CPU), balanced (GPU): learn rounding too, or best: end to end.")
+    ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Site name or re:PATTERN to add; repeat at will.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Site name or re:PATTERN to leave alone.")] = None,
     overrides: Annotated[list[str] | None, typer.Option(help="PATTERN=WIDTH; width 16 leaves alone.")] = None,

@@ -17,10 +17,10 @@ from mixcomp.format import WIDTHS
 #: bits of a weight that is left as it came; the width to give in ``overrides`` to leave a site alone
 UNCOMPRESSED = 16
 STRATEGIES = ("joint", "uniform")
-EFFORTS = ("fast",)
+EFFORTS = ("fast", "balanced", "best")
 ACTIVATIONS = ("native",)
 #: known names of later releases: refused by name, so that nobody takes them for a typing error
-PLANNED = {"strategy": ("mixllm", "slim", "amlq"), "effort": ("balanced", "best"), "activations": ("int8",)}
+PLANNED = {"strategy": ("mixllm", "slim", "amlq"), "activations": ("int8",)}
 
 _UNITS = {"bpw": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _AMOUNT = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]+)\s*")
@@ -84,14 +84,14 @@ class CompileConfig:
     """Every option of ``compile`` that is a plain value, checked.
 
     ``include`` and ``exclude`` are patterns of site names: ``"re:..."`` is a regular expression, anything else a name.
-    ``overrides`` are (pattern, width) pairs, later ones win; width 16 leaves a site alone.  ``samples`` x ``length``
-    shapes calibration text into windows (None: by device).  ``min_coverage`` is the least share of the decoder's
-    weights that must be compiled.
+    ``overrides`` are (pattern, width) pairs, later ones win; width 16 leaves a site alone.  ``effort`` None is
+    ``fast`` on a CPU and ``balanced`` on a GPU.  ``samples`` x ``length`` shapes calibration text into windows (None: by
+    device).  ``min_coverage`` is the least share of the decoder's weights that must be compiled.
     """
 
     budget: Budget
     strategy: str = "joint"
-    effort: str = "fast"
+    effort: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: tuple[tuple[str, int], ...] = ()
@@ -112,7 +112,8 @@ class CompileConfig:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         one_of("strategy", self.strategy, STRATEGIES)
-        one_of("effort", self.effort, EFFORTS)
+        if self.effort is not None:
+            one_of("effort", self.effort, EFFORTS)
         one_of("activations", self.activations, ACTIVATIONS)
         integer("seed", self.seed, 0, 2**63 - 1)
         if self.samples is not None:

@@ -8,6 +8,8 @@
     reorder-features    rows sorted into segments                                absorbed by the consumer, or scattered
     quantize-weights    codes and scales                                         GPTQ at the assigned widths
     insert-side-branch  low-rank pairs where a direction pays for its bits       closed form
+    tune-blocks         rounding and scales learned layer by layer               effort balanced and best
+    tune-model          scales learned from the original's predictions           effort best
     (lowering)          lower-linears: canonical linears become mixed_linear
 
 No pass imports another pass; ``gptq``, ``allocate``, ``coupling``, ``directions`` and ``stacks`` are mathematics they share.
@@ -19,6 +21,8 @@ from mixcomp.passes.reorder import ReorderFeatures
 from mixcomp.passes.salience import AnnotateSalience
 from mixcomp.passes.side_branch import InsertSideBranch
 from mixcomp.passes.statistics import CollectStatistics
+from mixcomp.passes.tune_blocks import TuneBlocks
+from mixcomp.passes.tune_model import TuneModel
 
 PIPELINE = (
     CollectStatistics,
@@ -37,4 +41,6 @@ __all__ = [
     "InsertSideBranch",
     "QuantizeWeights",
     "ReorderFeatures",
+    "TuneBlocks",
+    "TuneModel",
 ]

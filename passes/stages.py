@@ -51,6 +51,13 @@ class Stages:
         """Numbers of the parts that are decoder layers."""
         return range(1, len(self.parts) - 1)
 
+    def forward(self, weights: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> Values:
+        """All values up to what the last part reads; tokens int64[samples, length]."""
+        values = {self.tokens: tokens}
+        for part in self.parts[:-1]:
+            values.update(part.run(values, weights))
+        return values
+
     def live(self, part: int) -> tuple[str, ...]:
         """Values made in layers before ``part`` and still needed by it or a later part: the hidden state, as a rule."""
         made = {name for one in self.parts[1:part] for name in one.outputs}
@@ -91,7 +98,11 @@ def _numbers(nodes: list[fx.Node]) -> tuple[dict[fx.Node, int], int]:
             continue
         if place and place[1] == stem and place[2] not in seen:
             seen.append(place[2])
-        out[node] = len(seen)
+        # sizes are not hidden states: a later layer may use what an earlier one worked out
+        size = not isinstance(node.meta.get("val"), torch.Tensor) and all(
+            out.get(a, 0) == 0 for a in node.all_input_nodes
+        )
+        out[node] = 0 if size else len(seen)
     return out, len(seen) + 1
 
 

@@ -2,117 +2,133 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from mixcomp.passes.stages import Stage, Stages, Values, split
-from mixcomp.passes.tunable import Tunable
+from mixcomp.passes.descent import Descent
+from mixcomp.passes.distill import Teacher, Texts, tunables
+from mixcomp.passes.stages import Values
+from mixcomp.passes.tunable import Tunable, stored_tensors
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass, Semantics
 
 
 @dataclass(frozen=True)
 class TuneBlocks(Pass):
-    """Layer by layer: rounding, group scales and row factors that bring its output closest to the original's.
+    """Learn rounding, group scales and row factors of one layer after another.
 
-    Inputs come from the quantized layers before it, targets from the original model.
+    A layer's inputs come from the quantized layers before it, its targets from the original model; the squared error of
+    every output feature counts by ``gamma``, how strongly the loss reacts to it (BRECQ's and AdaRound's problem, Adam
+    instead of a regularizer).  The new codes and scales are kept only if KL(original || quantized) on calibration
+    windows that took no part is smaller with them.
+
+    Before: stored tensors.  After, the same layouts with other numbers::
+
+        layers.0.q_proj/{codes, scales, factors}   learned
+
+    Options:
+        steps: of Adam per layer; rates fall linearly to 0.
+        place_rate, ratio_rate, group_rate: first step in cells of the grid, of the row factor's logarithm, and in units
+            of the group scale.
     """
 
     name: ClassVar[str] = "tune-blocks"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.STATISTICS, Fact.BRANCHED})
     semantics: ClassVar[Semantics] = Semantics.LOSSY
 
-    steps: int = 200
-    windows: int = 8
-    shift_rate: float = 5e-3
+    steps: int = 250
+    place_rate: float = 3e-3
     ratio_rate: float = 1e-3
     group_rate: float = 2e-2
-    beta2: float = 0.95
-    weighted: bool = True
-    held: int = 8
-    margin: float = 0.25
 
     def run(self, program: Program, context: Context) -> Program:
-        stages = split(program)
-        tokens = torch.cat([b for b in context.batches if b.shape[1] == context.batches[0].shape[1]]).to(context.device)
-        exact = self._start(stages, program, tokens)
-        given = {name: value.clone() for name, value in exact.items()}
-        tensors: dict[str, torch.Tensor] = {}
+        teacher, texts = Teacher.of(program), Texts.of(context)
+        changed = program.with_tensors(self._layers(program, teacher, texts, context))
+        ends = teacher.ends(texts.held)
+        before, after = (
+            teacher.distance(tunables(p, context.device, rounding=False), texts.held, ends) for p in (program, changed)
+        )
+        return changed if after < before else program
+
+    def _layers(self, program: Program, teacher: Teacher, texts: Texts, context: Context) -> dict[str, torch.Tensor]:
+        stages, out = teacher.stages, dict[str, torch.Tensor]()
+        given: Values = {}
+        exact: Values = {}
         for done, k in enumerate(stages.layers):
             context.progress("tune blocks", done, len(stages.layers))
             part = stages.parts[k]
-            sites = {name: program.site(name) for name in part.sites}
-            original = {name: program.weight(site).detach() for name, site in sites.items()}
-            wanted = self._through(stages, k, part, original, exact, tokens)
-            tuned = {name: Tunable.of(program, site, context.device, self.margin) for name, site in sites.items()}
-            weigh = self._importance(program, part, wanted)
-            self._learn(stages, k, part, tuned, given, wanted, weigh, tokens, original, context)
-            weights = {name: one.weight(original[name].dtype).detach() for name, one in tuned.items()}
-            given = self._through(stages, k, part, weights, given, tokens)
-            exact = wanted
-            for name, one in tuned.items():
-                tensors.update({f"{name}/{key}": value for key, value in one.stored().items()})
-        return program.with_tensors(tensors)
+            wanted = self._through(teacher, k, teacher.weights, exact, texts)
+            tuned = tunables(program, context.device, part, rounding=True)
+            if tuned:
+                batches = _Batches(teacher, k, texts, given, wanted, _importance(program, part.sites, wanted))
+                self._learn(tuned, batches, context.generator(self.name, str(k)))
+                out.update(stored_tensors(tuned))
+            weights = {name: one.weight().detach() for name, one in tuned.items()}
+            given, exact = self._through(teacher, k, weights, given, texts), wanted
+        context.progress("tune blocks", len(stages.layers), len(stages.layers))
+        return out
 
-    def _importance(self, program: Program, part: Stage, wanted: Values) -> torch.Tensor | None:
-        if not self.weighted or not part.sites:
-            return None
-        gamma = program.tensor(part.sites[-1], "gamma")
-        if any(v.shape[-1] != len(gamma) for v in wanted.values()):
-            return None
-        return gamma / gamma.mean()
+    def _learn(self, tuned: Mapping[str, Tunable], batches: _Batches, draw: torch.Generator) -> None:
+        rates = {"place": self.place_rate, "ratio": self.ratio_rate, "group": self.group_rate}
+        with Descent(tuned.values(), rates, self.steps) as descent:
+            for _ in range(self.steps):
+                pick = torch.randperm(batches.count, generator=draw)[: batches.texts.batch]
+                descent.step(lambda pick=pick: batches.loss({n: t.weight() for n, t in tuned.items()}, pick))
 
     @torch.no_grad()
-    def _start(self, stages: Stages, program: Program, tokens: torch.Tensor) -> Values:
-        return {}
-
-    @torch.no_grad()
-    def _through(self, stages, k, part, weights, given, tokens) -> Values:
-        out: dict[str, list[torch.Tensor]] = {}
-        names = stages.live(k + 1)
-        for i in range(0, len(tokens), self.windows):
-            made = _layer(stages, part, weights, {n: v[i : i + self.windows] for n, v in given.items()}, tokens[i : i + self.windows])
-            for n in names:
-                out.setdefault(n, []).append(made[n])
-        return {n: torch.cat(v) for n, v in out.items()}
-
-    def _learn(self, stages, k, part, tuned, given, wanted, weigh, tokens, original, context) -> None:
-        params = [(p, r) for one in tuned.values() for p, r in ((one.shift, self.shift_rate), (one.ratio, self.ratio_rate), (one.group, self.group_rate))]
-        for p, _ in params:
-            p.requires_grad_()
-        optimizer = torch.optim.Adam([{"params": [p], "lr": r, "full": r} for p, r in params], betas=(0.9, self.beta2), eps=1e-20, fused=context.device.type == "cuda")
-        draw = context.generator(self.name, str(k))
-        scale = None
-        first = last = None
-        for step in range(self.steps):
-            pick = torch.randperm(len(tokens), generator=draw)[: self.windows].to(context.device)
-            share = min(1.0, (step + 1) / 10) * (1 - step / self.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = group["full"] * share
-            with torch.enable_grad():
-                weights = {name: one.weight(original[name].dtype) for name, one in tuned.items()}
-                made = _layer(stages, part, weights, {n: v[pick] for n, v in given.items()}, tokens[pick])
-                loss = 0.0
-                for n in stages.live(k + 1):
-                    error = (made[n].float() - wanted[n][pick].float()).square()
-                    loss = loss + (error if weigh is None else error * weigh).mean()
-                loss.backward()
-            if step == 0:
-                first = loss.detach()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        for p, _ in params:
-            p.requires_grad_(False)
-        context.progress(f"held layer {k}: {float(first):.4g} -> {float(loss.detach()):.4g}", 1, 1)
+    def _through(
+        self, teacher: Teacher, k: int, weights: Mapping[str, torch.Tensor], given: Values, texts: Texts
+    ) -> Values:
+        """What layers up to ``k`` leave to later ones, for all windows."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for rows in torch.arange(len(texts.learn)).split(texts.batch):
+            values = _inputs(teacher, given, texts, rows)
+            values.update(teacher.stages.parts[k].run(values, weights))
+            for name in teacher.stages.live(k + 1):
+                found.setdefault(name, []).append(values[name])
+        return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _layer(stages: Stages, part: Stage, weights: Values, given: Values, tokens: torch.Tensor) -> Values:
-    """A layer's outputs, its inputs from before the first layer computed anew."""
-    values = {stages.tokens: tokens}
-    with torch.no_grad():
-        values.update(stages.parts[0].run(values, {}))
-    values.update(given)
-    return part.run(values, weights) | {n: v for n, v in values.items() if n in given}
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batches:
+    """Inputs and targets of layer ``k``; ``importance`` fp32[features] weighs the features of its outputs."""
+
+    teacher: Teacher
+    k: int
+    texts: Texts
+    given: Values
+    wanted: Values
+    importance: torch.Tensor | None
+
+    @property
+    def count(self) -> int:
+        return len(self.texts.learn)
+
+    def loss(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+        """Mean weighted squared error of the layer's outputs on some windows."""
+        values = _inputs(self.teacher, self.given, self.texts, rows)
+        made = self.teacher.stages.parts[self.k].run(values, weights)
+        total = torch.zeros((), device=self.texts.learn.device)
+        for name in made.keys() & self.wanted.keys():
+            error = (made[name].float() - self.wanted[name][rows].float()).square()
+            total = total + (error if self.importance is None else error * self.importance).mean()
+        return total
+
+
+@torch.no_grad()
+def _inputs(teacher: Teacher, given: Values, texts: Texts, rows: torch.Tensor) -> Values:
+    """Everything a layer may read: the part before the layers is run again, hidden states are looked up."""
+    values = {teacher.stages.tokens: texts.learn[rows]}
+    values.update(teacher.stages.parts[0].run(values, teacher.weights))
+    values.update({name: value[rows] for name, value in given.items()})
+    return values
+
+
+def _importance(program: Program, sites: tuple[str, ...], wanted: Values) -> torch.Tensor | None:
+    """gamma of the layer's last linear, which writes into the residual stream; None where shapes say otherwise."""
+    gamma = program.tensor(sites[-1], "gamma")
+    fits = all(value.is_floating_point() and value.shape[-1] == len(gamma) for value in wanted.values())
+    return gamma.to(next(iter(wanted.values())).device) / gamma.mean() if fits and float(gamma.mean()) > 0 else None

@@ -1,0 +1,90 @@
+"""The gradient passes lower the divergence from the original, repeat exactly, and never make things worse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+
+import families
+from mixcomp import api, manager
+from mixcomp.capture import capture
+from mixcomp.config import CompileConfig
+from mixcomp.errors import CalibrationError
+from mixcomp.passes.distill import Teacher, Texts, tunables
+from mixcomp.passes.tune_blocks import TuneBlocks
+from mixcomp.passes.tune_model import TuneModel
+from mixcomp.printer import Digests, digest
+from mixcomp.program import Program
+from mixcomp.protocol import Context
+
+CPU = torch.device("cpu")
+
+
+def tokens(samples: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 128, (samples, 64), generator=torch.Generator().manual_seed(seed))
+
+
+CONTEXT = Context(CPU, (tokens(96, 0),), 0)
+
+
+@lru_cache(maxsize=4)
+def quantized(family: str) -> Program:
+    """A model whose logits are far from uniform, at 3 bits, up to its side branches."""
+    model = families.build(family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    passes = api._passes(CompileConfig.from_kwargs(budget=3.0), {}, CPU)
+    return manager.run(capture(model), passes[:-1], CONTEXT)
+
+
+def divergence(program: Program) -> float:
+    """On windows that no pass has seen."""
+    teacher, unseen = Teacher.of(program), tokens(8, 99)
+    return teacher.distance(tunables(program, CPU, rounding=False), unseen, teacher.ends(unseen))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_both_passes_bring_the_model_closer(family: str) -> None:
+    start = quantized(family)
+    blocks = manager.run(start, (TuneBlocks(steps=60),), CONTEXT, level=2)
+    model = manager.run(blocks, (TuneModel(steps=30),), CONTEXT, level=2)
+    found = [divergence(p) for p in (start, blocks, model)]
+    assert found[1] < 0.97 * found[0]
+    assert found[2] < found[1]
+    assert [s.format for s in model.sites] == [s.format for s in start.sites]
+
+
+def test_a_run_repeats_to_the_bit() -> None:
+    passes = (TuneModel(steps=12),)
+    one, two = (digest(manager.run(quantized("llama"), passes, CONTEXT), Digests.WHOLE) for _ in range(2))
+    assert one == two
+    other = manager.run(quantized("llama"), passes, replace(CONTEXT, seed=1))
+    assert digest(other, Digests.WHOLE) != one
+
+
+@pytest.mark.parametrize(
+    "wild", [TuneBlocks(steps=4, place_rate=3.0, group_rate=9.0), TuneModel(steps=4, ratio_rate=2.0)]
+)
+def test_what_does_not_help_is_not_kept(wild: TuneBlocks | TuneModel) -> None:
+    start = quantized("llama")
+    after = manager.run(start, (wild,), CONTEXT)
+    assert all(torch.equal(after.tensors[key], value) for key, value in start.tensors.items())
+
+
+def test_windows_kept_back_are_not_learned_from() -> None:
+    texts = Texts.of(CONTEXT)
+    assert (len(texts.learn), len(texts.held)) == (88, 8)
+    rows = {tuple(row) for row in texts.learn.tolist()}
+    assert not any(tuple(row) in rows for row in texts.held.tolist())
+    mixed = Texts.of(Context(CPU, (tokens(6, 0), tokens(3, 1)[:, :9]), 0))
+    assert mixed.learn.shape[1] == mixed.held.shape[1] == 64
+
+
+def test_one_window_is_too_little() -> None:
+    with pytest.raises(CalibrationError, match=r"1 calibration window.*at least 2.*effort"):
+        Texts.of(Context(CPU, (tokens(1, 0),), 0))
