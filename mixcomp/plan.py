@@ -6,12 +6,16 @@ A plan holds decisions and nothing that differs between two runs of the same com
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from mixcomp.errors import FormatError
+from mixcomp.format import GROUP, Scales
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import torch
 
     from mixcomp.program import Program, Site
 
@@ -24,8 +28,9 @@ class Plan:
 
     ``options`` is the configuration, ``calibration`` names the text, ``totals`` holds weights and bits, ``price`` is the
     loss (nats a token) that one more bit would save, ``gap`` bounds how far ``predicted_loss`` is above the best
-    allocation of the same costs.  ``sites`` maps a name to ``{"widths": "4454...", one digit a row, "rank", "reorder"}``,
-    ``left_alone`` maps a name to the reason.
+    allocation of the same costs.  ``sites`` maps a name to ``{"widths": "4454...", one digit a row, "rank", "reorder"}``
+    (where rows mix widths ``widths_text``; ``"group"`` and ``"scales"`` where they are not the default), ``left_alone``
+    maps a name to the reason.
     """
 
     options: Mapping[str, Any]
@@ -89,10 +94,20 @@ def record(program: Program, options: Mapping[str, Any], calibration: str) -> Pl
 
 
 def _decision(program: Program, site: Site) -> dict[str, Any]:
-    widths = program.tensor(site.name, "widths").tolist()
     moved = program.find(site.name, "row_order") is not None
     reorder = "scatter" if site.layout.scatter else "absorbed" if moved else "none"
-    return {"widths": "".join(map(str, widths)), "rank": site.layout.rank, "reorder": reorder}
+    fmt = site.layout
+    form: dict[str, Any] = {"group": fmt.group} if fmt.group != GROUP else {}
+    form |= {"scales": fmt.scales.text} if fmt.scales is not Scales.TWO_LEVEL else {}
+    return {"widths": widths_text(program.tensor(site.name, "widths")), "rank": fmt.rank, "reorder": reorder, **form}
+
+
+def widths_text(widths: torch.Tensor) -> str:
+    """One digit a row, ``"4454"``; of uint8[rows, groups] runs of equal rows with a digit a group, ``"64x2244 8x4444"``."""
+    if widths.dim() == 1:
+        return "".join(map(str, widths.tolist()))
+    equal = ((row, len(list(rows))) for row, rows in groupby(widths.tolist()))
+    return " ".join(f"{count}x{''.join(map(str, row))}" for row, count in equal)
 
 
 def _totals(program: Program) -> dict[str, int]:

@@ -29,6 +29,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "U16": torch.uint16,
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,

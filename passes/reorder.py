@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 
 from mixcomp.errors import ConfigError
-from mixcomp.format import WIDTHS
 from mixcomp.passes.coupling import MIN_SEGMENT_ROWS, analyse, sort_block, taken
+from mixcomp.profiles import profiles
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass
 
@@ -30,10 +30,10 @@ class ReorderFeatures(Pass):
         down  columns 0 1 2 3      column_order 2 0 3 1                  and are read in it
         q     8 4 4 8              row_order 1 2 0 3   stored 4 4 8 8    scattered: row_index leads back
 
-    Rows of one width keep their order.  A site whose rows already lie in as few segments stays as it is.  Of two
-    producers that share an order the first is sorted, the second inside the runs of the first.  Neighbouring runs (and
-    neighbouring blocks, where an order may not leave a head) are sorted in opposite directions, so that their ends meet
-    at the same width.
+    Rows of one width (where rows mix widths: of the same ones) keep their order.  A site whose rows already lie in as
+    few segments stays as it is.  Of two producers that share an order the first is sorted, the second inside the runs of
+    the first.  Neighbouring runs (and neighbouring blocks, where an order may not leave a head) are sorted in opposite
+    directions, so that their ends meet at the same width.
 
     Writes "<site>/row_order" int64[rows] and "<consumer>/column_order" int64[columns] where they are not the identity,
     and "<site>/absorbed" bool[] (true) at producers whose consumers take over the order.
@@ -88,8 +88,8 @@ class ReorderFeatures(Pass):
 
 
 def segments(widths: torch.Tensor) -> int:
-    """Number of runs of equal widths, uint8[rows]."""
-    return 1 + int((widths[1:] != widths[:-1]).sum())
+    """Number of runs of equal widths, uint8[rows] or [rows, groups]."""
+    return len(torch.unique_consecutive(profiles(widths)))
 
 
 def sorted_order(widths: Sequence[torch.Tensor], block: int) -> torch.Tensor:
@@ -99,8 +99,8 @@ def sorted_order(widths: Sequence[torch.Tensor], block: int) -> torch.Tensor:
     """
     run = torch.arange(len(widths[0])) // block
     for own in widths:
-        rank = torch.searchsorted(torch.tensor(WIDTHS), own.long())
-        upward = run % 2 == 0
-        key = run * len(WIDTHS) + torch.where(upward, rank, len(WIDTHS) - 1 - rank)
+        rank = profiles(own)
+        upward, last = run % 2 == 0, int(rank.max())
+        key = run * (last + 1) + torch.where(upward, rank, last - rank)
         run = torch.unique(key, return_inverse=True)[1]
     return torch.argsort(run, stable=True)

@@ -30,11 +30,14 @@ FOLDERS = {
 
 #: types and laws; they know nothing of what is built on them
 CORE = {
-    "errors", "format", "ops", "packed", "quant", "budget", "config", "patterns", "program", "protocol", "plan",
-    "printer", "snapshot", "graph_laws", "table_laws", "verify", "dumps", "manager",
+    "errors", "format", "profiles", "ops", "packed", "quant", "float_grid", "budget", "config", "patterns", "program",
+    "protocol", "plan", "printer", "snapshot", "graph_laws", "table_laws", "verify", "dumps", "manager",
 }  # fmt: skip
 #: what a pass may know besides mathematics of its own folder
-FOR_PASSES = {"errors", "format", "ops", "packed", "quant", "budget", "config", "program", "protocol", "plan"}
+FOR_PASSES = {
+    "errors", "format", "profiles", "ops", "packed", "quant", "float_grid", "budget", "config", "program", "protocol",
+    "plan",
+}  # fmt: skip
 FOR_LOWERING = {"errors", "format", "ops", "packed", "program", "protocol"}
 FOR_KERNELS = {"errors", "format"}
 #: only these may be imported from the front door
@@ -44,7 +47,8 @@ BOTTOM = {
     "errors": set(),
     "ops": set(),
     "format": {"errors"},
-    "packed": {"errors", "format"},
+    "profiles": {"format"},
+    "packed": {"errors", "format", "profiles"},
     "program": {"errors", "format"},
     "protocol": {"program"},
 }
