@@ -12,7 +12,7 @@ import torch
 
 from mixcomp.errors import FormatError
 from mixcomp.format import MAX_GROUP_SCALE, ZERO_WIDTHS, Scales
-from mixcomp.profiles import group_widths, ordered, profile_widths, stored_columns
+from mixcomp.profiles import group_widths, layout, ordered, profile_widths, stored_columns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -268,7 +268,10 @@ def _check_groups(weight: PackedWeight) -> None:
             continue
         if not torch.equal(order.sort().values, torch.arange(fmt.groups, device=order.device)):
             raise FormatError(f"group index {segment.order} is not a permutation of 0..{fmt.groups - 1}")
-        if not torch.equal(profile_widths(fmt, segment, order).argsort(stable=True), order):
+        (found,), index = layout(profile_widths(fmt, segment, order)[None], fmt.columns, fmt.group)
+        if found.profile != segment.profile:
+            raise FormatError(f"group index {segment.order} puts the short last group where its profile has none")
+        if index is None or not torch.equal(index[0].to(order.device), order):
             raise FormatError(f"group index {segment.order} holds groups of one width out of their order")
     if weight.zeros is not None:
         widths = group_widths(fmt, weight.group_index, weight.zeros.device).int()
