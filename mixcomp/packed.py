@@ -240,7 +240,7 @@ class PackedWeight:
         return out
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        return PackedWeight(self.fmt, **{k: v.to(device) for k, v in self.tensors().items()})
+        return PackedWeight.from_tensors(self.fmt, {k: v.to(device) for k, v in self.tensors().items()})
 
 
 def check_values(weight: PackedWeight) -> None:

@@ -56,7 +56,8 @@ class InsertSideBranch(Pass):
 def _branch(program: Program, site: Site, context: Context) -> dict[str, torch.Tensor] | None:
     """Stored factors in stored row order and the losses before and after, or None where the branch does not help."""
     fmt = replace(site.layout, rank=0)
-    stored = PackedWeight(fmt, **{k: program.tensor(site.name, k).to(context.device) for k in fmt.tensors()})
+    held = {name: program.tensor(site.name, name).to(context.device) for name in fmt.tensors()}
+    stored = PackedWeight.from_tensors(fmt, held)
     weight = program.weight(site).detach().to(context.device, torch.float32)
     gamma = program.tensor(site.name, "gamma").to(context.device)
     sigma = program.tensor(site.input, "sigma").to(context.device)
