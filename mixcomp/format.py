@@ -167,9 +167,9 @@ class SiteFormat:
             raise FormatError(f"group of {self.group!r} columns: a group has one of {GROUPS}")
         orders: list[tuple[tuple[int, int], ...]] = []
         for segment in (s for s in self.segments if s.profile):
-            held = [columns for _, columns in segment.profile]
-            short = [columns % self.group for columns in held if columns % self.group]
-            if sum(held) != self.columns or len(short) > 1:
+            parts = [columns for _, columns in segment.profile]
+            short = [columns for columns in parts if columns % self.group]
+            if sum(parts) != self.columns or len(short) > 1:
                 raise FormatError(f"profile {segment.profile} is no {self.columns} columns in groups of {self.group}")
             if segment.order == len(orders):
                 orders.append(segment.profile)

@@ -396,12 +396,7 @@ def other_codes(program: Program) -> Program:
 
 @mutant("I16", base="lowered")
 def row_written_twice(program: Program) -> Program:
-    node = lowered_node(program, PROJ)
-    path = str(arguments(node)["row_index"].target)
-    folder, _, name = path.rpartition(".")
-    broken = changed(program.tensors[f"{PROJ}/row_index"], 0, 5)
-    setattr(program.graph_module.get_submodule(folder), name, broken)
-    return program
+    return _with_buffer(program, "row_index", changed(program.tensors[f"{PROJ}/row_index"], 0, 5))
 
 
 @mutant("I16", base="mixed-lowered")
@@ -417,13 +412,19 @@ def groups_of_another_site(program: Program) -> Program:
 
 
 @mutant("I16", base="mixed-lowered")
-def other_zeros(program: Program) -> Program:
-    return with_tensor(program, f"{PROJ}/zeros", lambda t: t ^ 1)
+def other_zeros_in_the_module(program: Program) -> Program:
+    return _with_buffer(program, "zeros", program.tensors[f"{PROJ}/zeros"] ^ 1)
 
 
 @mutant("I16", base="mixed-lowered")
-def other_group_index(program: Program) -> Program:
-    return with_tensor(program, f"{PROJ}/group_index", lambda t: t.flip(0))
+def other_groups_in_the_module(program: Program) -> Program:
+    return _with_buffer(program, "group_index", program.tensors[f"{PROJ}/group_index"].flip(0))
+
+
+def _with_buffer(program: Program, name: str, broken: torch.Tensor) -> Program:
+    folder, _, leaf = str(arguments(lowered_node(program, PROJ))[name].target).rpartition(".")
+    setattr(program.graph_module.get_submodule(folder), leaf, broken)
+    return program
 
 
 @mutant("I16", base="lowered", level=2)
