@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import strategies
 from formats import width_tables
+from mixcomp import quant
 from mixcomp.errors import WeightError
 from mixcomp.float_grid import FloatGrid, fit_float
 from mixcomp.format import ALL_WIDTHS, GROUPS, WIDTHS
@@ -91,12 +92,27 @@ def test_more_bits_lose_less_and_a_search_beats_min_max(fit: Fit) -> None:
         assert ours.sum() < plain.sum() * (0.75 if width == 2 else 1.05)
 
 
-def test_zero_stays_zero_in_float_groups() -> None:
-    weight = random_weight(6, 100) + 3  # no sign change: zero has to be forced into the range
-    weight[:, ::7] = 0
+@pytest.mark.parametrize("shift", [3, -3, 0])
+def test_zero_stays_zero_and_ranges_without_it_are_covered(shift: int) -> None:
+    weight = random_weight(6, 100) + shift * 2
     for width in WIDTHS:
         grid = fit_float(weight, energy(100), torch.full((6,), width, dtype=torch.uint8), "site", 64)
-        assert (dequantize(round_nearest(weight, grid), grid)[:, ::7] == 0).all()
+        assert (dequantize(round_nearest(torch.zeros_like(weight), grid), grid) == 0).all()
+        error = weight - dequantize(round_nearest(weight, grid), grid)
+        assert error.square().mean() < per_column(grid.steps(), 100).square().mean() / 2
+
+
+def test_the_search_of_mixed_rows_counts_what_rounding_loses() -> None:
+    weight, h = random_weight(4, 224), energy(224)
+    widths = torch.tensor([[1, 2, 3, 4, 5, 6, 8]] * 4, dtype=torch.uint8)
+    grid = fit_mixed(weight, h, widths, "site")
+    error = quant._MixedError(group_columns(weight), group_columns(h[None])[0], widths)
+    lost = group_columns((weight - dequantize(round_nearest(weight, grid), grid)).square() * h).sum(-1)
+    torch.testing.assert_close(error(grid.factors.float()[:, None] * grid.scales), lost, rtol=1e-4, atol=1e-7)
+    for factor in (0.9, 1.1):  # and one factor more or less is no better
+        other = Grid((grid.factors.float() * factor).half(), grid.scales, widths)
+        again = group_columns((weight - dequantize(round_nearest(weight, other), other)).square() * h).sum(-1)
+        assert again.sum() > 0.95 * lost.sum()
 
 
 @given(st.sampled_from(ALL_WIDTHS), st.integers(-4, 6), st.sampled_from(sorted(FITS)))

@@ -23,8 +23,10 @@ from mixcomp.profiles import site_format
 from mixcomp.program import Fact, Program, Site
 from mixcomp.quant import dequantize
 from mixcomp.verify import check
-from programs import ABSORBING, GATED, Blueprint, build, context, tokens
+from programs import ABSORBING, GATED, Blueprint, Kind, Layer, build, context, tokens
 
+#: many groups, the last one short
+WIDE = Blueprint((Layer(Kind.PLAIN, 24), Layer(Kind.RESIDUAL, 150)), width=150)
 FORMS = [(group, scales, kind) for group in (32, 64, 128) for scales in Scales for kind in ("rows", "shared", "mixed")]
 
 
@@ -104,19 +106,23 @@ def test_plans_are_stored_as_planned(blueprint: Blueprint, group: int, scales: S
 
 
 @pytest.mark.parametrize("scales", Scales)
-def test_codes_are_those_of_gptq_with_the_stored_steps(scales: Scales) -> None:
+@pytest.mark.parametrize("group", [32, 64])
+def test_codes_are_those_of_gptq_with_the_stored_steps(group: int, scales: Scales) -> None:
     """What is read back is what GPTQ thought it stored, at every width of a row."""
     from mixcomp.float_grid import fit_float
     from mixcomp.quant import fit_mixed
 
-    program = quantized(GATED, 64, scales, "mixed")
+    program = quantized(WIDE, group, scales, "mixed")
+    assert set(ALL_WIDTHS) == {
+        w for s in program.open_sites() for w in program.tensor(s.name, "widths").unique().tolist()
+    }
     for site in program.open_sites():
         stored, order = packed_weight(program, site), program.find(site.name, "row_order")
         if program.find(site.name, "column_order") is not None:
             continue
         weight = program.weight(site).detach().float()
         sigma, widths = program.tensor(site.input, "sigma"), program.tensor(site.name, "widths")
-        grid = (fit_float, fit_mixed)[scales is Scales.TWO_LEVEL](weight, sigma.diagonal(), widths, "s", 64)
+        grid = (fit_float, fit_mixed)[scales is Scales.TWO_LEVEL](weight, sigma.diagonal(), widths, "s", group)
         ((codes, loss),) = gptq([Task(weight, grid, feedback(sigma, "s"))])
         wanted = dequantize(codes, grid)
         wanted = wanted if order is None else wanted[order]
