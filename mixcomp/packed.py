@@ -182,10 +182,11 @@ class PackedWeight:
 
     def group_offsets(self) -> torch.Tensor:
         """Offsets float16[rows, groups] of a float-group site, 0 for groups that have none."""
-        out = torch.zeros(self.fmt.rows, self.fmt.groups, dtype=torch.float16, device=self.codes.device)
-        if self.offsets is not None:
-            out[self.group_widths() == 1] = self.offsets
-        return out
+        if self.offsets is None:
+            return torch.zeros(self.fmt.rows, self.fmt.groups, dtype=torch.float16, device=self.codes.device)
+        held = self.group_widths() == 1
+        place = (held.flatten().cumsum(0) - 1).clamp_(min=0).view_as(held)  # a mask would have to wait for the device
+        return self.offsets[place] * held
 
     def integers(self) -> torch.Tensor:
         """The weight up to factors and offsets, int16[rows, columns], rows in stored order.
@@ -209,7 +210,7 @@ class PackedWeight:
 
         Exact in fp32 (an integer of at most 12 bits times a factor of 11) but for the sum with an offset.
         """
-        fmt, factors = self.fmt, self.factors.to(dtype)
+        fmt, factors = self.fmt, self.factors.to(dtype, copy=True)
         out = self.integers().to(dtype)
         if fmt.scales is Scales.FLOAT_GROUP:
             out *= per_column(factors, fmt, fmt.columns)

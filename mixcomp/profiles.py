@@ -82,7 +82,8 @@ def stored_columns(fmt: SiteFormat, order: torch.Tensor) -> torch.Tensor:
     """Original column of every stored one, int64[padded columns], for groups stored in ``order`` int[groups]."""
     offsets = torch.arange(fmt.group, device=order.device)
     columns = (order.long()[:, None] * fmt.group + offsets).flatten()
-    return columns[columns < fmt.padded_columns]  # the last group may be short, wherever it is stored
+    # the last group may be short, wherever it is stored; a mask would have to wait for the device
+    return columns[(columns >= fmt.padded_columns).byte().argsort(stable=True)[: fmt.padded_columns]]
 
 
 def group_widths(fmt: SiteFormat, group_index: torch.Tensor | None, device: torch.device | str) -> torch.Tensor:
@@ -95,9 +96,11 @@ def group_widths(fmt: SiteFormat, group_index: torch.Tensor | None, device: torc
 
 def profile_widths(fmt: SiteFormat, segment: Segment, order: torch.Tensor) -> torch.Tensor:
     """Width of every group of a segment that mixes widths, uint8[groups] in original order."""
-    held = [width for width, groups in fmt.group_runs(segment) for _ in range(groups)]
     out = torch.empty(fmt.groups, dtype=torch.uint8, device=order.device)
-    out[order] = torch.tensor(held, dtype=torch.uint8, device=order.device)
+    first = 0
+    for width, groups in fmt.group_runs(segment):
+        out.index_fill_(0, order[first : first + groups], width)
+        first += groups
     return out
 
 

@@ -42,7 +42,7 @@ def planned(program: Program, group: int, scales: Scales, kind: str, rank: int =
     for number, site in enumerate(program.open_sites()):
         draw = torch.Generator().manual_seed(number)
         groups = -(-site.columns // group)
-        shape = {"rows": (site.rows,), "shared": (1, groups), "mixed": (3, groups)}[kind]
+        shape = {"rows": (site.rows,), "shared": (1, groups), "mixed": (6, groups)}[kind]
         widths = torch.tensor(ALL_WIDTHS, dtype=torch.uint8)[torch.randint(len(ALL_WIDTHS), shape, generator=draw)]
         if kind != "rows":
             widths = widths[torch.randint(shape[0], (site.rows,), generator=draw)].contiguous()
