@@ -118,7 +118,7 @@ def width_seven_in_one_group(program: Program) -> Program:
 
 @mutant("I11", base="mixed")
 def groups_of_48(program: Program) -> Program:
-    return program.with_tensors({f"{PROJ}/group": torch.tensor(48)})
+    return program.with_tensors({f"{FLAT}/group": torch.tensor(48)})
 
 
 @mutant("I11", base="mixed")

@@ -44,6 +44,8 @@ def planned(program: Program, group: int, scales: Scales, kind: str, rank: int =
         groups = -(-site.columns // group)
         shape = {"rows": (site.rows,), "shared": (1, groups), "mixed": (6, groups)}[kind]
         widths = torch.tensor(ALL_WIDTHS, dtype=torch.uint8)[torch.randint(len(ALL_WIDTHS), shape, generator=draw)]
+        if kind == "mixed":
+            widths[0] = torch.tensor([1, 4]).repeat(groups)[:groups]  # several groups of 1 bit in several rows
         if kind != "rows":
             widths = widths[torch.randint(shape[0], (site.rows,), generator=draw)].contiguous()
         tensors |= {f"{site.name}/widths": widths, f"{site.name}/planned_rank": torch.tensor(rank)}
@@ -164,6 +166,16 @@ def test_a_plan_says_what_differs_from_the_default() -> None:
     default = record(quantized(GATED, 32, Scales.TWO_LEVEL, "rows"), {}, "none").sites[site.name]
     assert set(default) == {"widths", "rank", "reorder"}
     assert len(default["widths"]) == site.rows
+
+
+def test_groups_of_the_same_widths_in_other_places_are_noticed() -> None:
+    program = quantized(WIDE, 32, Scales.TWO_LEVEL, "shared")
+    site = program.open_sites()[0]
+    widths = program.tensor(site.name, "widths").clone()
+    first, other = next((i, j) for i in range(4) for j in range(i) if widths[0, i] != widths[0, j])
+    widths[:, [first, other]] = widths[:, [other, first]]
+    with pytest.raises(InvariantError, match=r"I14: .*group_index does not lead"):
+        check(program.with_tensors({f"{site.name}/widths": widths}))
 
 
 def test_a_kind_of_scales_that_does_not_exist_is_refused() -> None:
