@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from mixcomp.artifact import load, save
     from mixcomp.config import Budget
     from mixcomp.errors import MixCompError
-    from mixcomp.plan import Plan
+    from mixcomp.plans import Plan
 
 _HOME = {
     "compile": "mixcomp.api",
     "save": "mixcomp.artifact",
     "load": "mixcomp.artifact",
     "Budget": "mixcomp.config",
-    "Plan": "mixcomp.plan",
+    "Plan": "mixcomp.plans",
     "MixCompError": "mixcomp.errors",
 }
 

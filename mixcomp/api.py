@@ -27,7 +27,7 @@ from mixcomp.passes import (
 )
 from mixcomp.passes.coupling import analyse, needs_index
 from mixcomp.patterns import match
-from mixcomp.plan import Compiled, record
+from mixcomp.plans import Compiled, record
 from mixcomp.protocol import Context, Pass, Progress, silent
 
 if TYPE_CHECKING:

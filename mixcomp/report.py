@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mixcomp.lowering.module import MixedLinear
-    from mixcomp.plan import Plan
+    from mixcomp.plans import Plan
 
 #: numbers of tokens for which the path is stated: one decode step, and a prompt
 TOKENS = (1, 512)

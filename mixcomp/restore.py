@@ -17,7 +17,7 @@ from mixcomp.files import check_digest, open_regular, read_whole, sha256
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.manifest import CONFIG, GENERATION, MANIFEST, MAX_MANIFEST, PLAN, Manifest, read_json
 from mixcomp.packed import PackedWeight, check_values
-from mixcomp.plan import Compiled, Plan
+from mixcomp.plans import Compiled, Plan
 from mixcomp.shards import read
 
 if TYPE_CHECKING:

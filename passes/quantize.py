@@ -10,7 +10,7 @@ import torch
 from mixcomp.format import SiteFormat, runs
 from mixcomp.packed import pack_codes, pack_scales
 from mixcomp.passes.gptq import Task, feedback, gptq
-from mixcomp.passes.stacks import Stack, batches, inputs, stack
+from mixcomp.passes.stacks import Stack, batches, stack
 from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass, Semantics
 from mixcomp.quant import Grid, concatenate, fit_mixed
@@ -37,10 +37,7 @@ class QuantizeWeights(Pass):
     def run(self, program: Program, context: Context) -> Program:
         tensors: dict[str, torch.Tensor] = {}
         sites: dict[str, Site] = {}
-        done, total = 0, len(inputs(program))
-        for batch in batches(program, context.device, 1):
-            context.progress("quantize", done, total)
-            done += len(batch)
+        for batch in context.track("quantize", batches(program, context.device, 1)):
             stacks = [stack(program, *one, context.device) for one in batch]
             grids = [[_fit(program, site, w, rows) for site, w in rows.split(rows.weight)] for rows in stacks]
             rounded = gptq(

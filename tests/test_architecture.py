@@ -30,11 +30,11 @@ FOLDERS = {
 
 #: types and laws; they know nothing of what is built on them
 CORE = {
-    "errors", "format", "ops", "packed", "quant", "budget", "config", "patterns", "program", "protocol", "plan",
+    "errors", "format", "ops", "packed", "quant", "budget", "config", "patterns", "program", "protocol", "plans",
     "printer", "snapshot", "graph_laws", "table_laws", "verify", "dumps", "manager",
 }  # fmt: skip
 #: what a pass may know besides mathematics of its own folder
-FOR_PASSES = {"errors", "format", "ops", "packed", "quant", "budget", "config", "program", "protocol", "plan"}
+FOR_PASSES = {"errors", "format", "ops", "packed", "quant", "budget", "config", "program", "protocol", "plans"}
 FOR_LOWERING = {"errors", "format", "ops", "packed", "program", "protocol"}
 FOR_KERNELS = {"errors", "format"}
 #: only these may be imported from the front door

@@ -30,7 +30,7 @@ from mixcomp.format import Segment, SiteFormat
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.manifest import MANIFEST, Manifest
 from mixcomp.packed import PackedWeight
-from mixcomp.plan import Compiled, Plan
+from mixcomp.plans import Compiled, Plan
 
 TOKENS = torch.arange(1, 17).view(2, 8)
 SIZES: dict[str, Any] = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1}

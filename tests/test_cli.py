@@ -22,7 +22,7 @@ from families import build
 from mixcomp import api, artifact, cli, data, demo, evaluate, release, sources
 from mixcomp.errors import BudgetError
 from mixcomp.lowering.module import MixedLinear
-from mixcomp.plan import Compiled
+from mixcomp.plans import Compiled
 from mixcomp.progress import Bars
 from mixcomp.report import describe
 

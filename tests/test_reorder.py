@@ -11,7 +11,8 @@ from features import Chain, Model, attention, shuffle
 from mixcomp.errors import ConfigError, PassError
 from mixcomp.format import WIDTHS
 from mixcomp.passes.coupling import Absorption, analyse, needs_index, segments_bound, taken
-from mixcomp.passes.reorder import ReorderFeatures, segments, sorted_order
+from mixcomp.passes.orders import segments, sorted_order
+from mixcomp.passes.reorder import ReorderFeatures
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context
 from programs import EVERYTHING, GATED, Blueprint, Kind, Layer, build
