@@ -144,7 +144,7 @@ def _fixed(program: Program, config: CompileConfig) -> dict[str, int]:
 
 def _check_budget(program: Program, config: CompileConfig, fixed: Mapping[str, int]) -> None:
     """Refuse an impossible budget before any calibration."""
-    bounds = limits(program.sites, needs_index(program, analyse(program)), fixed, config.budget.count)
+    bounds = limits(program.sites, needs_index(program.sites, analyse(program)), fixed, config.budget.count)
     bounds.require(config.budget.bits(bounds.weights), str(config.budget))
 
 

@@ -75,7 +75,8 @@ class Offers:
         choice = _spend_rest(self.losses, self.bits, choice, budget)
         loss, used = (float(table.gather(1, choice[:, None]).sum()) for table in (self.losses, self.bits))
         best = (self.losses + price * self.bits).min(1).values if len(self.losses) else self.losses
-        return Allocation(choice, int(used), loss, price, max(0.0, loss - float(best.sum()) + price * budget))
+        bound = float(best.sum()) - price * budget
+        return Allocation(choice, int(used), loss, price, max(0.0, loss - bound))
 
     def sweep(self, budgets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What hull steps alone buy at each of fp64[n] budgets: bits spent and the loss left, fp64[n] both."""
