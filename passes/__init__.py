@@ -10,8 +10,8 @@
     insert-side-branch  low-rank pairs where a direction pays for its bits       closed form
     (lowering)          lower-linears: canonical linears become mixed_linear
 
-No pass imports another pass; ``gptq``, ``allocate``, ``planner``, ``coupling``, ``orders``, ``directions`` and ``stacks`` are mathematics
-they share.
+No pass imports another pass; ``gptq``, ``allocate``, ``planner``, ``coupling``, ``orders``, ``directions`` and ``stacks``
+are mathematics they share.
 """
 
 from mixcomp.passes.precision import AssignPrecision
