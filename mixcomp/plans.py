@@ -5,27 +5,53 @@ A plan holds decisions and nothing that differs between two runs of the same com
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from mixcomp.errors import FormatError
+import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from mixcomp.errors import FormatError, InputError, MismatchError
+from mixcomp.files import read_whole, sha256, write_atomic
+from mixcomp.records import read_json
 
-    from mixcomp.program import Program, Site
+PLAN_VERSION = 2
+MAX_PLAN = 1 << 28  #: bytes
+_KINDS = {
+    "plan_version": (int,),
+    "options": (dict,),
+    "calibration": (str,),
+    "totals": (dict,),
+    "predicted_loss": (float, int),
+    "price": (float, int),
+    "gap": (float, int),
+    "sites": (dict,),
+    "left_alone": (dict,),
+    "model": (str,),
+}
 
-PLAN_VERSION = 1
+
+class Measured(Protocol):
+    """What a plan may ask of the measurement it was made from."""
+
+    def curve(self, count: str = "stored") -> list[tuple[float, float]]:
+        """(bits per weight, predicted loss) over all budgets."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """Decisions of one compilation.
 
     ``options`` is the configuration, ``calibration`` names the text, ``totals`` holds weights and bits, ``price`` is the
     loss (nats a token) that one more bit would save, ``gap`` bounds how far ``predicted_loss`` is above the best
     allocation of the same costs.  ``sites`` maps a name to ``{"widths": "4454...", one digit a row, "rank", "reorder"}``,
-    ``left_alone`` maps a name to the reason.
+    ``left_alone`` maps a name to the reason, ``model`` is the fingerprint of the model it is for.
+
+    ``rank`` is what a side branch may have; one that does not lower the site's loss is not built, so a compiled model
+    may store less than ``totals["stored_bits"]``, never more.  ``measurement`` is what the plan was made from, as long
+    as the process lives; it is no part of the plan's file.
     """
 
     options: Mapping[str, Any]
@@ -36,6 +62,12 @@ class Plan:
     gap: float
     sites: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_alone: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
+    measurement: Measured | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        """Short, and the same for equal plans: it stands in the history of programs."""
+        return f"<Plan of {len(self.sites)} sites, #{sha256(self.to_bytes())[:8]}>"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -48,21 +80,49 @@ class Plan:
             "gap": self.gap,
             "sites": {name: dict(site) for name, site in self.sites.items()},
             "left_alone": dict(self.left_alone),
+            "model": self.model,
         }
 
     @classmethod
     def from_json(cls, data: object) -> Plan:
         """Read what ``to_json`` wrote; anything else is a ``FormatError``."""
-        wanted = set(cls.__dataclass_fields__) | {"plan_version"}
-        if not isinstance(data, dict) or set(data) != wanted:
+        if not isinstance(data, dict) or set(data) != set(_KINDS):
             raise FormatError(
-                f"a plan has the fields {sorted(wanted)}; this one is {type(data).__name__} {data!r:.120}"
+                f"a plan has the fields {sorted(_KINDS)}; this one is {type(data).__name__} {data!r:.120}; "
+                "make it again with mixcomp.plan"
             )
         if data["plan_version"] != PLAN_VERSION:
             raise FormatError(
                 f"plan version {data['plan_version']!r} is not {PLAN_VERSION}; read it with the release that wrote it"
             )
+        for name, kinds in _KINDS.items():
+            if type(data[name]) not in kinds:
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise FormatError(f"plan field {name!r} is {data[name]!r:.120}; it must be {wanted}: correct it")
         return cls(**{k: v for k, v in data.items() if k != "plan_version"})
+
+    def to_bytes(self) -> bytes:
+        """The plan's file: JSON for people, equal for equal plans."""
+        return (json.dumps(self.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan's file; ``StorageError`` where the file system refuses."""
+        write_atomic(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan's file; ``ArtifactError`` or ``FormatError`` says what is wrong with it."""
+        path = Path(path)
+        return cls.from_json(read_json(read_whole(path.parent, path.name, MAX_PLAN), path.name))
+
+    def curve(self) -> list[tuple[float, float]]:
+        """(bits per weight, predicted loss) from the floor to the ceiling, of the measurement behind the plan."""
+        if self.measurement is None:
+            raise InputError(
+                "plan.curve() needs the measurement the plan was made from, and this plan was read from a file; "
+                "use Measurement.load(folder).curve(), or `mixcomp plan DIR --curve`"
+            )
+        return self.measurement.curve()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,35 +133,29 @@ class Compiled:
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
-def record(program: Program, options: Mapping[str, Any], calibration: str) -> Plan:
-    """The plan that a finished program embodies."""
-    compiled = [s for s in program.sites if s.format is not None]
-    return Plan(
-        options=options,
-        calibration=calibration,
-        totals=_totals(program),
-        predicted_loss=float(program.tensor("budget", "loss")),
-        price=float(program.tensor("budget", "price")),
-        gap=float(program.tensor("budget", "gap")),
-        sites={s.name: _decision(program, s) for s in compiled},
-        left_alone={s.name: s.reason or "out of scope" for s in program.sites if s.format is None},
-    )
+def overlap(one: Plan, other: Plan) -> float:
+    """Jaccard overlap, 0..1, of the rows that two plans of one model favour.
+
+    A plan favours the rows that are wider than its commonest width.  The overlap is the number of rows both favour over
+    the number that either does: 1 for equal choices (none at all included), and p / (2 - p) to be expected from chance
+    where each favours a share p.  Plans from several draws of calibration text show with it how far the choice is the
+    model's and how far the text's.
+
+    Raises:
+        MismatchError: the plans do not speak of the same rows.
+    """
+    sizes = [{name: len(site["widths"]) for name, site in plan.sites.items()} for plan in (one, other)]
+    if sizes[0] != sizes[1]:
+        odd = sorted(name for name, _ in sizes[0].items() ^ sizes[1].items())
+        raise MismatchError(f"the plans differ in the sites or rows of {odd[:5]}; compare plans of one model and scope")
+    first, second = (_favoured(plan, sorted(sizes[0])) for plan in (one, other))
+    either = int((first | second).sum())
+    return int((first & second).sum()) / either if either else 1.0
 
 
-def _decision(program: Program, site: Site) -> dict[str, Any]:
-    widths = program.tensor(site.name, "widths").tolist()
-    moved = program.find(site.name, "row_order") is not None
-    reorder = "scatter" if site.layout.scatter else "absorbed" if moved else "none"
-    return {"widths": "".join(map(str, widths)), "rank": site.layout.rank, "reorder": reorder}
-
-
-def _totals(program: Program) -> dict[str, int]:
-    out = {"weights": 0, "payload_bits": 0, "stored_bits": 0}
-    for site in program.sites:
-        if not site.in_scope:
-            continue
-        own = site.rows * site.columns * site.weight.dtype.itemsize * 8
-        out["weights"] += site.rows * site.columns
-        out["payload_bits"] += site.format.payload_bits() if site.format else own
-        out["stored_bits"] += site.format.stored_bits() if site.format else own
-    return out
+def _favoured(plan: Plan, names: list[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    digits = np.frombuffer("".join(plan.sites[name]["widths"] for name in names).encode(), dtype=np.uint8)
+    if not len(digits):
+        return np.zeros(0, dtype=np.bool_)
+    found: np.ndarray[Any, np.dtype[np.bool_]] = digits > np.bincount(digits).argmax()
+    return found
