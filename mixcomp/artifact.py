@@ -142,7 +142,7 @@ def _plan_text(model: PreTrainedModel) -> dict[str, bytes]:
     if compiled is None:
         return {}
     try:
-        return {PLAN: _text(compiled.plan.to_json())}
+        return {PLAN: compiled.plan.to_bytes()}
     except (TypeError, ValueError) as error:
         raise InputError(f"model.mixcomp.plan cannot be written as JSON ({error}); compile the model again") from error
 

@@ -57,9 +57,7 @@ class Identity:
             if own is None or other is None:
                 found.append(f"{name} is not in the {'model' if own is None else 'measurement'}")
             elif own[:3] != other[:3]:
-                found.append(
-                    f"{name} is {own[0]} x {own[1]} {own[2]}, measured was {other[0]} x {other[1]} {other[2]}"
-                )
+                found.append(f"{name} is {own[0]} x {own[1]} {own[2]}, measured was {other[0]} x {other[1]} {other[2]}")
             elif own != other:
                 found.append(f"{name} has other weights")
         return found

@@ -48,7 +48,7 @@ _LAYOUT: Mapping[str, type] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """"<input>/sigma" fp32[columns, columns] and "<site>/gamma" fp32[rows]: in memory, or in files read when needed."""
+    """ "<input>/sigma" fp32[columns, columns] and "<site>/gamma" fp32[rows]: in memory, or in files read when needed."""
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     folder: Path = Path()
@@ -82,7 +82,9 @@ class Measurement:
         cls, program: Program, couplings: Couplings, identity: Identity, options: MeasureConfig, calibration: str
     ) -> Measurement:
         """From a program that has been priced; tensors move to main memory."""
-        sites = tuple(_bare(s.name, s.weight.shape, s.weight.dtype, s.input, s.in_scope, s.reason) for s in program.sites)
+        sites = tuple(
+            _bare(s.name, s.weight.shape, s.weight.dtype, s.input, s.in_scope, s.reason) for s in program.sites
+        )
         prices, moments = (
             {k: t.cpu() for k, t in program.tensors.items() if k.rpartition("/")[2] in wanted}
             for wanted in (("salience", "spectrum"), ("sigma", "gamma"))
@@ -242,7 +244,9 @@ def _couplings(data: Mapping[str, Any], sites: Mapping[str, Site]) -> Couplings:
         for what, sizes in (("producers", "rows"), ("consumers", "columns")):
             size = fields["rows"] * (fields["repeats"] if what == "consumers" else 1)
             names = fields[what]
-            if not names or not all(isinstance(n, str) and n in sites and getattr(sites[n], sizes) == size for n in names):
+            if not names or not all(
+                isinstance(n, str) and n in sites and getattr(sites[n], sizes) == size for n in names
+            ):
                 raise _RECORD.wrong(f"{where}.{what}", names, f"sites of {size} {sizes}")
         if fields["rows"] % fields["block"]:
             raise _RECORD.wrong(f"{where}.block", fields["block"], f"a divisor of {fields['rows']}")

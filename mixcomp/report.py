@@ -171,12 +171,15 @@ def describe(model: torch.nn.Module) -> Report:
     sites = tuple(_row(name, module, plan, dtype) for name, module in modules.items())
     checkpoint = checkpoint_bytes(model)
     packed = sum(site.stored_bits for site in sites) // 8
+    alone = plan.totals["payload_bits"] - sum(
+        site.payload_bits for site in sites
+    )  # weights in scope, at their own size
     return Report(
         sites=sites,
         left_alone=plan.left_alone,
         weights=plan.totals["weights"],
         payload_bits=plan.totals["payload_bits"],
-        stored_bits=plan.totals["stored_bits"],
+        stored_bits=sum(site.stored_bits for site in sites) + alone,
         checkpoint_bytes=checkpoint,
         original_bytes=checkpoint - packed + dtype.itemsize * sum(site.rows * site.columns for site in sites),
         budget=_budget(plan),

@@ -114,6 +114,15 @@ def table(prices: Prices, found: Assignment, count: str) -> dict[str, torch.Tens
     return out
 
 
+def assigned(prices: Prices) -> Assignment:
+    """What ``table`` wrote, from a program's tensors."""
+    of, names = prices.tensors, [s.name for s in prices.open_sites()]
+    ceiling = next(int(of[key]) for key in ("budget/bits", "budget/payload_bits") if key in of)
+    loss, price, gap = (float(of[f"budget/{what}"]) for what in ("loss", "price", "gap"))
+    ranks = {name: int(of[f"{name}/planned_rank"]) for name in names}
+    return Assignment({name: of[f"{name}/widths"].cpu() for name in names}, ranks, ceiling, loss, price, gap)
+
+
 def site_format(site: Site, widths: torch.Tensor, index: bool) -> SiteFormat:
     """Layout of a site's rows sorted by width, with a row index if they need both sorting and an index.
 

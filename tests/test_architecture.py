@@ -31,7 +31,7 @@ FOLDERS = {
 #: types and laws; they know nothing of what is built on them
 CORE = {
     "errors", "format", "ops", "packed", "quant", "budget", "config", "patterns", "program", "protocol", "plans",
-    "printer", "snapshot", "graph_laws", "table_laws", "verify", "dumps", "manager",
+    "files", "shards", "records", "printer", "snapshot", "graph_laws", "table_laws", "verify", "dumps", "manager",
 }  # fmt: skip
 #: what a pass may know besides mathematics of its own folder
 FOR_PASSES = {"errors", "format", "ops", "packed", "quant", "budget", "config", "program", "protocol", "plans"}
@@ -48,7 +48,7 @@ BOTTOM = {
     "program": {"errors", "format"},
     "protocol": {"program"},
 }
-PASS_MODULES = {"precision", "quantize", "reorder", "salience", "side_branch", "statistics"}
+PASS_MODULES = {"follow", "precision", "quantize", "reorder", "salience", "side_branch", "statistics"}
 
 #: library -> modules (prefixes) that may import it at all, and those that may do so when they are imported themselves
 ONLY_IN = {
