@@ -121,6 +121,27 @@ class Measurement:
         found = {new: t.to(device) for key, t in self.moments.read() for new in sorted(wanted.get(key, ()))}
         return found
 
+    def summary(self) -> dict[str, Any]:
+        """What was measured, in short."""
+        opened = self.prices().open_sites()
+        return {
+            "fingerprint": self.fingerprint,
+            "calibration": self.calibration,
+            "options": self.options.to_json(),
+            "sites": len(opened),
+            "weights": sum(s.rows * s.columns for s in opened),
+            "left_alone": {s.name: s.reason or "out of scope" for s in self.sites if not s.open},
+        }
+
+    def lines(self, folder: str) -> Iterator[str]:
+        """The summary for people."""
+        found = self.summary()
+        yield from (f"left alone: {name}: {reason}" for name, reason in found["left_alone"].items())
+        yield f"measured    {found['sites']} sites, {found['weights']:,} weights"
+        yield f"calibration {self.calibration}"
+        yield f"fingerprint {self.fingerprint[:16]}"
+        yield f"saved       {folder}"
+
     def save(self, folder: str | Path) -> None:
         """Write the measurement to ``folder``; an earlier one there is replaced in one step.
 
@@ -250,8 +271,8 @@ def _couplings(data: Mapping[str, Any], sites: Mapping[str, Site]) -> Couplings:
                 raise _RECORD.wrong(f"{where}.{what}", names, f"sites of {size} {sizes}")
         if fields["rows"] % fields["block"]:
             raise _RECORD.wrong(f"{where}.block", fields["block"], f"a divisor of {fields['rows']}")
-        names = (tuple(fields[what]) for what in ("producers", "consumers"))
-        found.append(Absorption(*names, fields["block"], fields["repeats"], fields["rows"]))
+        producers, consumers = tuple(fields["producers"]), tuple(fields["consumers"])
+        found.append(Absorption(producers, consumers, fields["block"], fields["repeats"], fields["rows"]))
     for name, reason in data["scattered"].items():
         if name not in sites or not isinstance(reason, str):
             raise _RECORD.wrong(f"scattered.{name:.200}", reason, "a reason, under the name of a site")

@@ -6,7 +6,7 @@ A plan holds decisions and nothing that differs between two runs of the same com
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,6 +104,30 @@ class Plan:
     def to_bytes(self) -> bytes:
         """The plan's file: JSON for people, equal for equal plans."""
         return (json.dumps(self.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the single rows."""
+        digits = "".join(site["widths"] for site in self.sites.values())
+        rows = {width: digits.count(width) for width in sorted(set(digits))}
+        ranks = sum(site["rank"] for site in self.sites.values())
+        whole = {k: v for k, v in self.to_json().items() if k != "sites"}
+        bits = {f"{kind}_bpw": self.totals[f"{kind}_bits"] / self.totals["weights"] for kind in ("payload", "stored")}
+        return whole | {
+            "sites": len(self.sites),
+            "rows_by_width": rows,
+            "rank": ranks,
+            "totals": {**self.totals, **bits},
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The summary for people."""
+        found = self.summary()
+        yield f"payload     {found['totals']['payload_bpw']:.4f} bits per weight"
+        yield f"stored      {found['totals']['stored_bpw']:.4f} bits per weight, {self.totals['stored_bits'] / 8e6:,.1f} MB"
+        yield "rows        " + ", ".join(f"{width} bits: {rows:,}" for width, rows in found["rows_by_width"].items())
+        yield f"branches    rank {found['rank']} in all, of {found['sites']} sites"
+        yield f"loss        {self.predicted_loss:.4e} nats a token predicted, at most {self.gap:.1e} above the best"
+        yield f"calibration {self.calibration}"
 
     def save(self, path: str | Path) -> None:
         """Write the plan's file; ``StorageError`` where the file system refuses."""

@@ -58,8 +58,8 @@ ONLY_IN = {
         {"mixcomp." + m for m in ("artifact", "capture", "calibration", "cli", "hf", "restore", "skeleton", "sources")},
         {"mixcomp.hf"},
     ),
-    "typer": ({"mixcomp.cli"}, {"mixcomp.cli"}),
-    "rich": ({"mixcomp.cli", "mixcomp.progress", "mixcomp.report"}, {"mixcomp.cli", "mixcomp.progress"}),
+    "typer": ({"mixcomp.cli", "mixcomp.terminal"}, {"mixcomp.cli", "mixcomp.terminal"}),
+    "rich": ({"mixcomp.cli", "mixcomp.progress", "mixcomp.report", "mixcomp.terminal"}, {"mixcomp.progress"}),
 }
 
 BANNED_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "random"}
