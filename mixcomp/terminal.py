@@ -81,5 +81,6 @@ def _one_line(message: str) -> str:
 
 
 def print_lines(console: Console, lines: Iterator[str]) -> None:
+    """Lines as they are: no markup, no wrapping."""
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -5,9 +5,13 @@ Pure numbers, no graph: ``losses`` and ``bits`` are fp64[units, options]; a unit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+#: units worked on side by side: their options stay in a cache, and one thread does the work, which waits for no other
+_STRIP = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +57,10 @@ class Offers:
     def of(cls, losses: torch.Tensor, bits: torch.Tensor) -> Offers:
         """All offers of fp64[units, options] losses and bits."""
         losses, bits = losses.double().cpu(), bits.double().cpu()
-        steps = _hull_steps(losses, bits)
-        order = torch.argsort(steps[3], descending=True, stable=True)
-        return cls(losses, bits, *(part[order] for part in steps))
+        unit, option, cost, ratio = _hull_steps(losses, bits)
+        ratio, order = torch.sort(ratio, descending=True, stable=True)
+        pair = (unit * losses.shape[1] + option)[order]  # one gather from far apart instead of two
+        return cls(losses, bits, pair // losses.shape[1], pair % losses.shape[1], cost[order], ratio)
 
     def among(self, units: torch.Tensor) -> Offers:
         """The offers of the units where bool[units] is true; they are numbered anew, in the same order."""
@@ -88,29 +93,43 @@ class Offers:
 
 
 def _hull_steps(losses: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(unit, option, cost, ratio) of all steps along the lower hulls of (bits, loss), in rounds: from a vertex of each
-    hull, the steepest descent."""
-    units = torch.arange(len(losses))
-    at = torch.zeros(len(losses), dtype=torch.int64)
-    found: list[tuple[torch.Tensor, ...]] = []
-    while len(units):
-        here_loss, here_bits = losses[units].gather(1, at[:, None]), bits[units].gather(1, at[:, None])
-        more = bits[units] - here_bits
-        ratio = torch.where(more > 0, (here_loss - losses[units]) / more.clamp_min(1e-300), -torch.inf)
-        best, to = ratio.max(1)
-        going = best > 0
-        units, at, best, more = units[going], to[going], best[going], more[going]
-        found.append((units, at, more.gather(1, at[:, None])[:, 0], best))
+    """(unit, option, cost, ratio) of all steps along the lower hulls of (bits, loss): all first steps, all second ..."""
+    rounds: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(losses.shape[1])]
+    for first in range(0, len(losses), _STRIP):
+        strip = slice(first, first + _STRIP)
+        for number, step in enumerate(_walk(losses[strip].T.contiguous(), bits[strip].T.contiguous())):
+            rounds[number].append((step[0] + first, *step[1:]))
+    found = [step for steps in rounds for step in steps]
     if not found:
         empty = torch.zeros(0, dtype=torch.int64)
         return empty, empty, empty.double(), empty.double()
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
+def _walk(losses: torch.Tensor, bits: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """From each vertex of the hulls of fp64[options, units] the steepest descent, until no unit goes on."""
+    units = torch.arange(losses.shape[1])
+    here_loss, here_bits = losses[:1], bits[:1]
+    while True:
+        more = bits - here_bits
+        ratio = torch.where(more > 0, (here_loss - losses) / more.clamp_min(1e-300), -torch.inf)
+        best, to = ratio.max(0)
+        going = best > 0
+        if not going.any():
+            return
+        if not going.all():
+            units, to, best, more = units[going], to[going], best[going], more[:, going]
+            losses, bits = losses[:, going], bits[:, going]
+        yield units, to, more.gather(0, to[None])[0], best
+        here_loss, here_bits = losses.gather(0, to[None]), bits.gather(0, to[None])
+
+
 def _spend_rest(losses: torch.Tensor, bits: torch.Tensor, choice: torch.Tensor, budget: int) -> torch.Tensor:
     """Upgrade single units, best loss per bit first, while anything fits."""
     choice = choice.clone()
     rest = budget - float(bits.gather(1, choice[:, None]).sum())
+    if not len(choice) or rest < float(bits.diff(dim=1).min()):
+        return choice
 
     def offers(unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Bits and ratio of every upgrade of some units that fits now; nothing that does not will fit later."""
