@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,19 @@ class Assignment:
     gap: float
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: planning waits for memory, and on a busy machine threads waiting for each other take 5 times
+    as long as one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def assign(prices: Prices, budget: Budget, strategy: str, fixed: Mapping[str, int]) -> Assignment:
     """Spend ``budget``; see ``precision.AssignPrecision`` for the strategies.
 
@@ -84,6 +98,7 @@ def assign(prices: Prices, budget: Budget, strategy: str, fixed: Mapping[str, in
     return Assignment(widths, ranks, ceiling, loss, price, gap)
 
 
+@_one_thread()
 def curve(prices: Prices, count: str = "stored", points: int = 101) -> list[tuple[float, float]]:
     """(bits per weight, predicted loss) that ``joint`` reaches, from the floor to the ceiling, in one sweep.
 
