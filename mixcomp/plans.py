@@ -87,8 +87,13 @@ class Plan:
     def from_json(cls, data: object) -> Plan:
         """Read what ``to_json`` wrote; anything else is a ``FormatError``."""
         if not isinstance(data, dict) or set(data) != set(_KINDS):
+            odd = (
+                sorted(data.keys() ^ _KINDS.keys())
+                if isinstance(data, dict)
+                else f"{type(data).__name__} {data!r:.120}"
+            )
             raise FormatError(
-                f"a plan has the fields {sorted(_KINDS)}; this one is {type(data).__name__} {data!r:.120}; "
+                f"a plan has the fields {sorted(_KINDS)}; missing or unknown in this one: {odd}; "
                 "make it again with mixcomp.plan"
             )
         if data["plan_version"] != PLAN_VERSION:
