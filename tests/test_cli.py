@@ -179,7 +179,7 @@ ERRORS = {
     ),
     "a folder of other things": (
         ["compile", "ORIGINAL", "--budget", "4.4", "--out", "."],
-        "InputError",
+        "ArtifactError",
         "another folder",
     ),
     "missing calibration": (
