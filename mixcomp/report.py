@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mixcomp.lowering.module import MixedLinear
-    from mixcomp.plan import Plan
+    from mixcomp.plans import Plan
 
 #: numbers of tokens for which the path is stated: one decode step, and a prompt
 TOKENS = (1, 512)
@@ -171,12 +171,15 @@ def describe(model: torch.nn.Module) -> Report:
     sites = tuple(_row(name, module, plan, dtype) for name, module in modules.items())
     checkpoint = checkpoint_bytes(model)
     packed = sum(site.stored_bits for site in sites) // 8
+    alone = plan.totals["payload_bits"] - sum(
+        site.payload_bits for site in sites
+    )  # weights in scope, at their own size
     return Report(
         sites=sites,
         left_alone=plan.left_alone,
         weights=plan.totals["weights"],
         payload_bits=plan.totals["payload_bits"],
-        stored_bits=plan.totals["stored_bits"],
+        stored_bits=sum(site.stored_bits for site in sites) + alone,
         checkpoint_bytes=checkpoint,
         original_bytes=checkpoint - packed + dtype.itemsize * sum(site.rows * site.columns for site in sites),
         budget=_budget(plan),

@@ -11,7 +11,7 @@ from mixcomp.float_grid import FloatGrid, fit_float
 from mixcomp.format import Scales, SiteFormat
 from mixcomp.packed import pack_codes, pack_scales, pack_zeros
 from mixcomp.passes.gptq import Task, feedback, gptq
-from mixcomp.passes.stacks import Stack, batches, inputs, stack
+from mixcomp.passes.stacks import Stack, batches, stack
 from mixcomp.profiles import layout
 from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass, Semantics
@@ -40,10 +40,7 @@ class QuantizeWeights(Pass):
     def run(self, program: Program, context: Context) -> Program:
         tensors: dict[str, torch.Tensor] = {}
         sites: dict[str, Site] = {}
-        done, total = 0, len(inputs(program))
-        for batch in batches(program, context.device, 1):
-            context.progress("quantize", done, total)
-            done += len(batch)
+        for batch in context.track("quantize", batches(program, context.device, 1)):
             stacks = [stack(program, *one, context.device) for one in batch]
             grids = [[_fit(program, site, w, rows) for site, w in rows.split(rows.weight)] for rows in stacks]
             rounded = gptq(

@@ -10,7 +10,7 @@ import torch
 from mixcomp.format import WIDTHS
 from mixcomp.passes.directions import error_spectrum, most_directions
 from mixcomp.passes.gptq import Task, feedback, gptq
-from mixcomp.passes.stacks import Stack, batches, inputs, stack
+from mixcomp.passes.stacks import Stack, batches, stack
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass
 from mixcomp.quant import Rounding, concatenate, dequantize, fit_grid
@@ -39,11 +39,8 @@ class AnnotateSalience(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         found: dict[str, torch.Tensor] = {}
-        done, total = 0, len(inputs(program))
-        for batch in batches(program, context.device, len(WIDTHS)):
-            context.progress("salience", done, total)
+        for batch in context.track("salience", batches(program, context.device, len(WIDTHS))):
             found.update(_price(program, [stack(program, *one, context.device) for one in batch], context))
-            done += len(batch)
         return program.with_tensors(found)
 
 

@@ -38,8 +38,7 @@ class InsertSideBranch(Pass):
         tensors: dict[str, torch.Tensor] = {}
         sites: dict[str, Site] = {}
         planned = [s for s in program.open_sites() if int(program.tensor(s.name, "planned_rank"))]
-        for done, site in enumerate(planned):
-            context.progress("side branches", done, len(planned))
+        for site in context.track("side branches", planned):
             branch = _branch(program, site, context)
             if branch is None:
                 continue

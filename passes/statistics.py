@@ -75,8 +75,7 @@ def _second_moments(program: Program, sites: dict[str, Site], context: Context) 
 
     watch = _Watch(program.graph_module, tap)
     batches = _resize(context.batches, FORWARD_TOKENS[context.device.type])
-    for done, batch in enumerate(batches):
-        context.progress("second moments", done, len(batches))
+    for batch in context.track("second moments", batches):
         with torch.no_grad():
             watch.run(batch.to(context.device))
     for key, total in sums.items():
@@ -112,9 +111,8 @@ def _output_sensitivity(
     batches = _gradient_batches(program, context, gradient_tokens)
     watch = _Watch(program.graph_module, tap)
     tokens = 0
-    for done, batch in enumerate(batches):
-        context.progress("output sensitivity", done, len(batches))
-        draw = context.generator("collect-statistics", f"labels {done}")
+    for number, batch in enumerate(context.track("output sensitivity", batches)):
+        draw = context.generator("collect-statistics", f"labels {number}")
         with torch.enable_grad():
             logits = _logits(watch.run(batch.to(context.device)))
             logits.backward(_sampled_residual(logits.detach(), draw))

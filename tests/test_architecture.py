@@ -31,12 +31,13 @@ FOLDERS = {
 #: types and laws; they know nothing of what is built on them
 CORE = {
     "errors", "format", "profiles", "ops", "packed", "quant", "float_grid", "budget", "config", "patterns", "program",
-    "protocol", "plan", "printer", "snapshot", "graph_laws", "table_laws", "verify", "dumps", "manager",
+    "protocol", "plans", "files", "shards", "records", "printer", "snapshot", "graph_laws", "table_laws", "verify",
+    "dumps", "manager",
 }  # fmt: skip
 #: what a pass may know besides mathematics of its own folder
 FOR_PASSES = {
     "errors", "format", "profiles", "ops", "packed", "quant", "float_grid", "budget", "config", "program", "protocol",
-    "plan",
+    "plans",
 }  # fmt: skip
 FOR_LOWERING = {"errors", "format", "ops", "packed", "program", "protocol"}
 FOR_KERNELS = {"errors", "format"}
@@ -52,7 +53,7 @@ BOTTOM = {
     "program": {"errors", "format"},
     "protocol": {"program"},
 }
-PASS_MODULES = {"precision", "quantize", "reorder", "salience", "side_branch", "statistics"}
+PASS_MODULES = {"follow", "precision", "quantize", "reorder", "salience", "side_branch", "statistics"}
 
 #: library -> modules (prefixes) that may import it at all, and those that may do so when they are imported themselves
 ONLY_IN = {
@@ -62,8 +63,8 @@ ONLY_IN = {
         {"mixcomp." + m for m in ("artifact", "capture", "calibration", "cli", "hf", "restore", "skeleton", "sources")},
         {"mixcomp.hf"},
     ),
-    "typer": ({"mixcomp.cli"}, {"mixcomp.cli"}),
-    "rich": ({"mixcomp.cli", "mixcomp.progress", "mixcomp.report"}, {"mixcomp.cli", "mixcomp.progress"}),
+    "typer": ({"mixcomp.cli", "mixcomp.terminal"}, {"mixcomp.cli", "mixcomp.terminal"}),
+    "rich": ({"mixcomp.cli", "mixcomp.progress", "mixcomp.report", "mixcomp.terminal"}, {"mixcomp.progress"}),
 }
 
 BANNED_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "random"}

@@ -24,14 +24,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from formats import draw
-from mixcomp import artifact, files, manifest, shards, skeleton
+from mixcomp import artifact, files, records, shards, skeleton
 from mixcomp.artifact import check_folder, load, save
 from mixcomp.errors import ArtifactError, ConfigError, FormatError, InputError, MixCompError, StorageError
 from mixcomp.format import Scales, Segment, SiteFormat
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.manifest import MANIFEST, Manifest
 from mixcomp.packed import PackedWeight
-from mixcomp.plan import Compiled, Plan
+from mixcomp.plans import Compiled, Plan
 from mixcomp.report import describe
 
 TOKENS = torch.arange(1, 17).view(2, 8)
@@ -572,7 +572,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     data = json.loads(path.read_text())
     change(data)
     data.pop("digest", None)
-    spell = manifest._spell
+    spell = records.spell
     path.write_bytes(spell(data | {"digest": hashlib.sha256(spell(data)).hexdigest()}))
 
 
@@ -757,7 +757,7 @@ def forge_tensor(folder: Path, key: str, change: Callable[[torch.Tensor], None])
         tensors = dict(shards.read(file, name, listed.tensors, listed.size))
     change(tensors[key])
     (folder / name).unlink()
-    new_file = artifact._write_shard(folder / name, tensors)
+    new_file = shards.write_shard(folder / name, tensors)
     forge(folder, put("files", name, new_file.to_json()))
 
 
@@ -846,7 +846,7 @@ def test_hostile_json_is_refused(folder: Path, raw: bytes, names: str) -> None:
     (folder / MANIFEST).write_bytes(raw)
     refused(folder, rf"mixcomp\.json.*({names})")
     with pytest.raises(ArtifactError, match=rf"config\.json.*({names})"):
-        manifest.read_json(raw, "config.json")
+        records.read_json(raw, "config.json")
 
 
 @pytest.mark.parametrize("raw", [b"null", b"[]", b"3", b'"x"'])

@@ -18,7 +18,7 @@ from mixcomp.passes.quantize import QuantizeWeights
 from mixcomp.passes.reorder import ReorderFeatures
 from mixcomp.passes.side_branch import InsertSideBranch
 from mixcomp.passes.statistics import CollectStatistics
-from mixcomp.plan import record
+from mixcomp.planning import record
 from mixcomp.profiles import site_format
 from mixcomp.program import Fact, Program, Site
 from mixcomp.quant import dequantize
