@@ -11,21 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixcomp import manager
-from mixcomp.budget import limits
 from mixcomp.calibration import Calibration, resolve
 from mixcomp.capture import capture
 from mixcomp.config import UNCOMPRESSED, CompileConfig
 from mixcomp.errors import InputError
 from mixcomp.lowering.lower import LowerLinears, write_back
-from mixcomp.passes import (
-    AnnotateSalience,
-    AssignPrecision,
-    CollectStatistics,
-    InsertSideBranch,
-    QuantizeWeights,
-    ReorderFeatures,
-)
-from mixcomp.passes.coupling import analyse, needs_index
+from mixcomp.passes import CollectStatistics, InsertSideBranch, QuantizeWeights, ReorderFeatures
+from mixcomp.passes.strategies import passes_of
 from mixcomp.patterns import match
 from mixcomp.plan import Compiled, record
 from mixcomp.protocol import Context, Pass, Progress, silent
@@ -67,7 +59,8 @@ def compile(
         budget: hard ceiling on stored bits of the weights in scope: ``4.4``, ``"4.4bpw"``, ``"3.9GB"`` or a ``Budget``.
         calibration: strings, token tensors, batches, a text file, or None for the bundled text.
         tokenizer: for calibration text; without one, tokens are sampled from the model itself.
-        strategy: ``"joint"``, or ``"uniform"``, the baseline at the same stored bits.
+        strategy: ``"joint"``; ``"uniform"``, the baseline at the same stored bits; ``"mixllm"``, ``"slim"`` and ``"amlq"``
+            decide as the papers of those names do.
         effort: ``"fast"``: statistics and GPTQ, no gradient tuning.
         include, exclude: site names or patterns (``"re:..."``) to add to the decoder's linears or leave out.
         overrides: pattern -> width in bits (16 leaves the site alone).
@@ -90,15 +83,14 @@ def compile(
         target = _copy(model) if copy else model
         program = _captured(target, config)
     device = program.weight(program.open_sites()[0]).device
-    fixed = _fixed(program, config)
-    _check_budget(program, config, fixed)
+    passes = _passes(program, config, device)
     with clock.stage("calibration"):
         text = resolve(
             calibration, tokenizer=tokenizer, model=target, samples=config.samples, length=config.length,
             seed=config.seed, device=device,
         )  # fmt: skip
     context = Context(device, text.batches, config.seed, clock.progress)
-    for step in _passes(config, fixed, device):
+    for step in passes:
         with clock.stage(step.name):
             program = manager.run(program, (step,), context)
     with clock.stage("write back"):
@@ -108,11 +100,16 @@ def compile(
     return target
 
 
-def _passes(config: CompileConfig, fixed: Mapping[str, int], device: torch.device) -> tuple[Pass, ...]:
+def _passes(program: Program, config: CompileConfig, device: torch.device) -> tuple[Pass, ...]:
+    """The whole pipeline; a budget that its strategy cannot meet is refused here, before any calibration."""
+    fixed = tuple(sorted(_fixed(program, config).items()))
+    measuring, deciding = passes_of(config.strategy, config.budget, fixed)
+    bounds = deciding.limits(program)
+    bounds.require(config.budget.bits(bounds.weights), str(config.budget))
     return (
         CollectStatistics(GRADIENT_TOKENS[device.type]),
-        AnnotateSalience(),
-        AssignPrecision(config.budget, config.strategy, tuple(sorted(fixed.items()))),  # type: ignore[arg-type]
+        *measuring,
+        deciding,
         ReorderFeatures(),
         QuantizeWeights(),
         InsertSideBranch(),
@@ -140,12 +137,6 @@ def _fixed(program: Program, config: CompileConfig) -> dict[str, int]:
         if width != UNCOMPRESSED:
             fixed.update(dict.fromkeys(match("overrides", pattern, names), width))
     return fixed
-
-
-def _check_budget(program: Program, config: CompileConfig, fixed: Mapping[str, int]) -> None:
-    """Refuse an impossible budget before any calibration."""
-    bounds = limits(program.sites, needs_index(program, analyse(program)), fixed, config.budget.count)
-    bounds.require(config.budget.bits(bounds.weights), str(config.budget))
 
 
 class _Clock:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mixcomp.errors import BudgetError
-from mixcomp.format import WIDTHS, Segment, SiteFormat
+from mixcomp.format import GROUP, WIDTHS, Segment, SiteFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from mixcomp.program import Site
 
@@ -59,10 +59,34 @@ def original_bits(site: Site) -> int:
     return site.rows * site.columns * site.weight.dtype.itemsize * 8
 
 
-def limits(sites: Iterable[Site], index: Mapping[str, bool], fixed: Mapping[str, int], count: str) -> Limits:
+def profile_bits(
+    rows: int, columns: int, widths: Sequence[int], group: int, scale_kind: int, count: str = "stored"
+) -> int:
+    """Bits of a site whose rows all have the same widths along their column groups, ``widths[i]`` in group i.
+
+    Codes of the last group are padded to 32 columns.  Scales: kind 0 a byte for two groups and an fp16 factor per row,
+    kind 1 an fp16 scale and an 8-bit zero per row and group.  Where widths differ each group's original position takes
+    16 bits.  With ``count="payload"`` codes of real weights only.
+    """
+    sizes = [min(group, columns - i * group) for i in range(len(widths))]
+    if count == "payload":
+        return rows * sum(size * width for size, width in zip(sizes, widths, strict=True))
+    codes = sum(-(-size // GROUP) * GROUP * width for size, width in zip(sizes, widths, strict=True))
+    scales = 24 * len(widths) if scale_kind else 16 + 8 * -(-len(widths) // 2)
+    return rows * (codes + scales) + (16 * len(widths) if len(set(widths)) > 1 else 0)
+
+
+def limits(
+    sites: Iterable[Site],
+    index: Mapping[str, bool],
+    fixed: Mapping[str, int],
+    count: str,
+    span: Callable[[Site], tuple[int, int]] | None = None,
+) -> Limits:
     """Limits of all sites in scope.  ``fixed`` pins sites to a width; ``index`` says which rows may need an index.
 
-    A site with one width needs no index, so neither floor nor ceiling holds any.
+    A site with one width needs no index, so neither floor nor ceiling holds any.  ``span`` gives the fewest and most
+    bits of a site that is not pinned; without it they are those of the narrowest and the widest row width.
     """
     weights = kept = low = high = 0
     for site in sites:
@@ -72,7 +96,11 @@ def limits(sites: Iterable[Site], index: Mapping[str, bool], fixed: Mapping[str,
         if not site.open:
             kept += original_bits(site)
             continue
-        narrow, wide = (fixed[site.name],) * 2 if site.name in fixed else (WIDTHS[0], WIDTHS[-1])
-        low += site.rows * row_bits(site.rows, site.columns, narrow, False, count)
-        high += site.rows * row_bits(site.rows, site.columns, wide, index.get(site.name, False), count)
+        if span is not None and site.name not in fixed:
+            least, most = span(site)
+        else:
+            narrow, wide = (fixed[site.name],) * 2 if site.name in fixed else (WIDTHS[0], WIDTHS[-1])
+            least = site.rows * row_bits(site.rows, site.columns, narrow, False, count)
+            most = site.rows * row_bits(site.rows, site.columns, wide, index.get(site.name, False), count)
+        low, high = low + least, high + most
     return Limits(weights, kept, low + kept, high + kept)

@@ -58,7 +58,9 @@ def compile_verb(
     calibration: Annotated[
         Path | None, typer.Option(help="Text file to calibrate on; bundled books by default.")
     ] = None,
-    strategy: Annotated[str, typer.Option(help="joint, or uniform: the baseline at the same bytes.")] = "joint",
+    strategy: Annotated[
+        str, typer.Option(help="joint, uniform (the baseline at the same bytes), mixllm, slim or amlq.")
+    ] = "joint",
     effort: Annotated[str, typer.Option(help="fast: statistics and GPTQ.")] = "fast",
     include: Annotated[list[str] | None, typer.Option(help="Site name or re:PATTERN to add; repeat at will.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Site name or re:PATTERN to leave alone.")] = None,

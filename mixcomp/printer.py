@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mixcomp.format import Segment, runs
+from mixcomp.format import GROUP, Segment, runs
 from mixcomp.program import META, Program, Site
 
 #: bytes hashed at once; tensors are streamed, so a digest never needs room for a second copy
@@ -234,6 +234,10 @@ class Text:
             rank = f"rank {site.format.rank}"
             return [*segments_text(site.format.segments), rank, *(["scatter"] if site.format.scatter else [])]
         widths = self.program.find(site.name, "widths")
+        if widths is not None and widths.dim() == 2:
+            group = self.program.find(site.name, "group")
+            profile = segments_text(runs(sorted(widths[0].tolist()))) if site.rows else []
+            return [*profile, f"groups of {GROUP if group is None else int(group)} columns"]
         return [] if widths is None else segments_text(runs(sorted(widths.tolist())))
 
     def orders(self, site: Site) -> Iterable[str]:

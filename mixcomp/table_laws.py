@@ -11,7 +11,7 @@ from torch import fx
 
 from mixcomp.budget import original_bits
 from mixcomp.errors import FormatError
-from mixcomp.format import WIDTHS, SiteFormat, runs
+from mixcomp.format import GROUP, WIDTHS, SiteFormat, runs
 from mixcomp.packed import PackedWeight, check_values, pack_codes, unpack_codes
 from mixcomp.printer import dtype_text
 from mixcomp.program import Site
@@ -77,17 +77,38 @@ def salience(case: Case) -> Findings:
 
 
 def widths_allowed(case: Case) -> Findings:
-    """I11: widths u8[rows], each one a width of the format; none for sites that are left alone."""
+    """I11: widths u8[rows], or u8[rows, groups] with the group's size beside it; none for sites that are left alone."""
     for site in case.program.sites:
         if not site.open:
             if case.program.find(site.name, "widths") is not None:
                 yield f"site {site.name}: is left alone and has widths", None
             continue
         widths = case.program.tensor(site.name, "widths")
-        yield from _typed(f"{site.name}/widths", widths, torch.uint8, (site.rows,))
-        strange = sorted(set(widths.tolist()) - set(WIDTHS))
+        sizes, allowed = _group_sizes(case, site), WIDTHS
+        if widths.dim() == 2:  # one bit is a width of column groups only
+            yield from _typed(f"{site.name}/widths", widths, torch.uint8, (site.rows, len(sizes)))
+            allowed = (1, *WIDTHS)
+        else:
+            yield from _typed(f"{site.name}/widths", widths, torch.uint8, (site.rows,))
+        strange = sorted(set(widths.flatten().tolist()) - set(allowed))
         if strange:
-            yield f"site {site.name}: widths {strange} are not among {WIDTHS}", None
+            yield f"site {site.name}: widths {strange} are not among {allowed}", None
+
+
+def _group_sizes(case: Case, site: Site) -> list[int]:
+    """Columns of every column group; the last one may be short."""
+    given = case.program.find(site.name, "group")
+    group = GROUP if given is None else int(given)
+    return [min(group, site.columns - start) for start in range(0, site.columns, max(group, 1))]
+
+
+def _payload(case: Case, site: Site) -> int:
+    """Bits of the codes of a site's real weights."""
+    widths = case.program.tensor(site.name, "widths")
+    if widths.dim() == 1:
+        return site.columns * int(widths.sum(dtype=torch.int64))
+    by_group = widths.sum(0, dtype=torch.int64).tolist()
+    return sum(size * total for size, total in zip(_group_sizes(case, site), by_group, strict=True))
 
 
 def within_budget(case: Case) -> Findings:
@@ -101,7 +122,7 @@ def within_budget(case: Case) -> Findings:
             continue
         promise = int(case.program.tensor(site.name, "planned_bits"))
         planned += promise
-        payload += site.columns * int(case.program.tensor(site.name, "widths").sum(dtype=torch.int64))
+        payload += _payload(case, site)
         if site.format is None:
             continue
         bits = site.format.stored_bits()

@@ -41,7 +41,7 @@ def allocate(losses: torch.Tensor, bits: torch.Tensor, budget: int) -> Allocatio
     # the hull steps of a unit come in falling ratio, so the furthest one bought is the unit's choice
     choice.scatter_reduce_(0, steps.unit[bought], steps.option[bought], "amax")
     price = float(steps.ratio[order[len(bought)]]) if len(bought) < len(order) else 0.0
-    choice = _spend_rest(losses, bits, choice, budget)
+    choice = spend_rest(losses, bits, choice, budget)
     rows = torch.arange(len(losses))
     loss, used = float(losses[rows, choice].sum()), int(bits[rows, choice].sum())
     bound = float((losses + price * bits).min(1).values.sum()) - price * budget if len(losses) else 0.0
@@ -75,8 +75,8 @@ def _hull_steps(losses: torch.Tensor, bits: torch.Tensor) -> _Steps:
     return _Steps(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def _spend_rest(losses: torch.Tensor, bits: torch.Tensor, choice: torch.Tensor, budget: int) -> torch.Tensor:
-    """Upgrade single units, best loss per bit first, while anything fits."""
+def spend_rest(losses: torch.Tensor, bits: torch.Tensor, choice: torch.Tensor, budget: int) -> torch.Tensor:
+    """Upgrade single units from ``choice`` int64[units], best loss per bit first, while anything fits."""
     choice = choice.clone()
     rest = budget - float(bits.gather(1, choice[:, None]).sum())
     while len(choice):

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
-from mixcomp.budget import limits, row_bits
-from mixcomp.config import Budget
-from mixcomp.errors import ConfigError
-from mixcomp.format import WIDTHS, SiteFormat, runs
-from mixcomp.passes.allocate import Allocation, allocate
+from mixcomp.budget import row_bits
+from mixcomp.format import WIDTHS
 from mixcomp.passes.coupling import analyse, needs_index
-from mixcomp.passes.directions import branch_bits
+from mixcomp.passes.decision import Assignment, Decisions, row_decision
+from mixcomp.passes.directions import branch_bits, rank_by_price
+from mixcomp.passes.rows import RowMarket
 from mixcomp.program import Fact, Program, Site
-from mixcomp.protocol import Context, Pass
+from mixcomp.protocol import Context
 
 Strategy = Literal["joint", "uniform"]
-#: times the budget that freed row indices leave over is spent again
-_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class AssignPrecision(Pass):
+class AssignPrecision(Assignment):
     """Spend the budget where a bit saves most loss.
 
     ``joint`` buys widths for single rows at one global price (see ``allocate``); a direction of a side branch is bought
@@ -45,98 +42,46 @@ class AssignPrecision(Pass):
 
     name: ClassVar[str] = "assign-precision"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.SALIENCE})
-    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.ASSIGNED})
 
-    budget: Budget = field(default_factory=lambda: Budget(4.4))
     strategy: Strategy = "joint"
-    fixed: tuple[tuple[str, int], ...] = ()
 
-    def run(self, program: Program, context: Context) -> Program:
-        fixed = _fixed_widths(program, self.fixed)
-        index = needs_index(program, analyse(program))
+    def span(self, site: Site, index: bool) -> tuple[int, int]:
         count = self.budget.count
-        bounds = limits(program.sites, index, fixed, count)
-        ceiling = self.budget.bits(bounds.weights)
-        bounds.require(ceiling, str(self.budget))
-        free = tuple(s for s in program.open_sites() if s.name not in fixed)
-        held = bounds.fixed + sum(_site_bits(program.site(n), count, w) for n, w in fixed.items())
+        least = row_bits(site.rows, site.columns, WIDTHS[0], False, count)
+        return site.rows * least, site.rows * row_bits(site.rows, site.columns, WIDTHS[-1], index, count)
+
+    def pinned_loss(self, program: Program, name: str, widths: torch.Tensor) -> float:
+        return self._market(program, (program.site(name),), {}).loss(program.site(name), widths)
+
+    def decide(self, program: Program, sites: tuple[Site, ...], room: int, context: Context) -> Decisions:
+        index = needs_index(program, analyse(program))
         if self.strategy == "uniform":
             index = dict.fromkeys(index, False)  # wide rows first in their natural order: nothing to scatter
-            widths, bought, ranks = _uniform(free, ceiling - held, count), None, dict.fromkeys(index, 0)
+        market = self._market(program, sites, index)
+        price = gap = 0.0
+        ranks = dict.fromkeys(market.losses, 0)
+        if self.strategy == "uniform" or not sites:
+            parts = _uniform(sites, room, self.budget.count)
         else:
-            widths, bought, ranks = _joint(program, free, index, ceiling - held, count)
-        limit = {"budget/bits" if count == "stored" else "budget/payload_bits": torch.tensor(ceiling)}
-        for name, width in fixed.items():
-            widths[name] = torch.full((program.site(name).rows,), width, dtype=torch.uint8)
-        return program.with_tensors(_table(program, widths, ranks, index, limit, bought))
+            bought, parts = market.buy(sites, room)
+            if self.budget.count == "stored":
+                ranks = {s.name: _rank(program, s, market.loss(s, parts[s.name]), bought.price) for s in sites}
+            room -= sum(ranks[s.name] * branch_bits(s.rows, s.columns) for s in sites)
+            bought, parts = market.settle(sites, room)
+            price, gap = bought.price, bought.gap
+        made = {}
+        for s in sites:
+            own = parts[s.name]
+            made[s.name] = row_decision(s, own, index[s.name], market.loss(s, own), ranks[s.name])
+        return Decisions(made, price, gap)
+
+    def _market(self, program: Program, sites: tuple[Site, ...], index: dict[str, bool]) -> RowMarket:
+        losses = {s.name: program.tensor(s.name, "salience") for s in sites}
+        return RowMarket(losses, WIDTHS, index, self.budget.count)
 
 
-def _fixed_widths(program: Program, fixed: tuple[tuple[str, int], ...]) -> dict[str, int]:
-    names = {s.name for s in program.open_sites()}
-    for name, width in fixed:
-        if name not in names or width not in WIDTHS:
-            raise ConfigError(
-                f"fixed width {width!r} for {name!r}: widths are {WIDTHS}, sites e.g. {sorted(names)[:3]}"
-            )
-    return dict(fixed)
-
-
-def _site_bits(site: Site, count: str, width: int) -> int:
-    return site.rows * row_bits(site.rows, site.columns, width, False, count)
-
-
-def _joint(
-    program: Program, sites: tuple[Site, ...], index: dict[str, bool], budget: int, count: str
-) -> tuple[dict[str, torch.Tensor], Allocation, dict[str, int]]:
-    bought, parts = _buy(program, sites, index, budget, count)
-    ranks = _directions(program, sites, parts, bought.price) if count == "stored" else {}
-    budget -= sum(ranks[s.name] * branch_bits(s.rows, s.columns) for s in sites if s.name in ranks)
-    settled: dict[str, torch.Tensor] = {}
-    for _ in range(_ROUNDS):
-        bought, parts = _buy(program, sites, index, budget, count)
-        # a site of one width needs no row index: it is settled, and the others share what its index would have cost
-        single = [s for s in sites if index[s.name] and len(parts[s.name].unique()) == 1]
-        settled.update({s.name: parts[s.name] for s in single})
-        budget -= sum(s.rows * row_bits(s.rows, s.columns, int(parts[s.name][0]), False, count) for s in single)
-        sites = tuple(s for s in sites if s.name not in settled)
-        if not single or not sites:
-            break
-    return {**parts, **settled}, bought, ranks
-
-
-def _buy(
-    program: Program, sites: tuple[Site, ...], index: dict[str, bool], budget: int, count: str
-) -> tuple[Allocation, dict[str, torch.Tensor]]:
-    """Widths uint8[rows] of every site at one price."""
-    losses = torch.cat([program.tensor(s.name, "salience").double().cpu() for s in sites])
-    costs = torch.cat(
-        [
-            torch.tensor([[row_bits(s.rows, s.columns, w, index[s.name], count) for w in WIDTHS]]).expand(s.rows, -1)
-            for s in sites
-        ]
-    )
-    bought = allocate(losses, costs, budget)
-    parts = torch.tensor(WIDTHS, dtype=torch.uint8)[bought.choice].split([s.rows for s in sites])
-    return bought, {s.name: widths for s, widths in zip(sites, parts, strict=True)}
-
-
-def _directions(
-    program: Program, sites: tuple[Site, ...], widths: dict[str, torch.Tensor], price: float
-) -> dict[str, int]:
-    """Rank of every site's side branch: leading directions whose share of the site's loss is worth more than their bits."""
-    ranks = {}
-    for site in sites:
-        loss = float(_predicted(program, site, widths[site.name]))
-        gains = program.tensor(site.name, "spectrum").double().cpu() * loss
-        pays = gains > price * branch_bits(site.rows, site.columns)
-        ranks[site.name] = int(pays.long().cumprod(0).sum())
-    return ranks
-
-
-def _predicted(program: Program, site: Site, widths: torch.Tensor) -> torch.Tensor:
-    """Loss of a site at these widths, fp64[]."""
-    option = torch.searchsorted(torch.tensor(WIDTHS), widths.long())
-    return program.tensor(site.name, "salience").double().cpu().gather(1, option[:, None]).sum()
+def _rank(program: Program, site: Site, loss: float, price: float) -> int:
+    return rank_by_price(program.tensor(site.name, "spectrum"), loss, price, branch_bits(site.rows, site.columns))
 
 
 def _uniform(sites: tuple[Site, ...], budget: int, count: str) -> dict[str, torch.Tensor]:
@@ -158,30 +103,3 @@ def _uniform(sites: tuple[Site, ...], budget: int, count: str) -> dict[str, torc
         middle = (low + high) / 2
         low, high = (middle, high) if bits(base, middle) <= budget else (low, middle)
     return {name: torch.tensor(w, dtype=torch.uint8) for name, w in widths(base, low).items()}
-
-
-def _table(
-    program: Program,
-    widths: dict[str, torch.Tensor],
-    ranks: dict[str, int],
-    index: dict[str, bool],
-    limit: dict[str, torch.Tensor],
-    bought: Allocation | None,
-) -> dict[str, torch.Tensor]:
-    out = dict(limit)
-    predicted = 0.0
-    for name, chosen in widths.items():
-        site = program.site(name)
-        rank = ranks.get(name, 0)
-        ordered = sorted(chosen.tolist())
-        # rows that already lie in as few segments as a sort would leave stay where they are
-        scatter = index[name] and len(runs(chosen.tolist())) > len(set(ordered))
-        fmt = SiteFormat(site.rows, site.columns, runs(ordered), scatter)
-        predicted += float(_predicted(program, site, chosen))
-        out[f"{name}/widths"] = chosen
-        out[f"{name}/planned_bits"] = torch.tensor(fmt.stored_bits())
-        out[f"{name}/planned_rank"] = torch.tensor(rank)
-    out["budget/loss"] = torch.tensor(predicted, dtype=torch.float64)
-    out["budget/price"] = torch.tensor(bought.price if bought else 0.0, dtype=torch.float64)
-    out["budget/gap"] = torch.tensor(bought.gap if bought else 0.0, dtype=torch.float64)
-    return out

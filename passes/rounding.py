@@ -1,0 +1,64 @@
+"""Rounding that only asks "what if": per-group ranges with an integer zero point, as the papers search with.
+
+Nothing here is stored; ``mixcomp.quant`` makes what is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def round_range(weight: torch.Tensor, width: int, group: int) -> torch.Tensor:
+    """Plain rounding between each group's least and largest weight, dequantized.
+
+    ``s = (max - min) / (2^b - 1)``, ``z = round(-min / s)``, ``w = s (clamp(round(w / s) + z) - z)`` with the range
+    forced to hold zero (SliM-LLM and MixLLM's search-time quantizer).  One bit is ``binarize``.
+
+    Args:
+        weight: float[rows, columns].
+        width: bits of a code, at least 1.
+        group: columns that share a range; the last group may be short.
+    """
+    return by_group(weight, group, lambda x: binarize(x) if width == 1 else round_between(x, width))
+
+
+def round_mix(weight: torch.Tensor, group: int, widths: Sequence[int]) -> torch.Tensor:
+    """Plain rounding of every column group at its own width, float[rows, columns]."""
+    blocks = weight.split(group, 1)
+    return torch.cat([round_range(block, w, group) for block, w in zip(blocks, widths, strict=True)], 1)
+
+
+def by_group(weight: torch.Tensor, group: int, what: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Apply ``what`` to float[rows, groups, size], whole groups together and a short last one by itself."""
+    rows, columns = weight.shape
+    whole = columns // group * group
+    parts = []
+    if whole:
+        parts.append(what(weight[:, :whole].reshape(rows, -1, group)).reshape(rows, whole))
+    if whole < columns:
+        parts.append(what(weight[:, None, whole:])[:, 0])
+    return torch.cat(parts, 1)
+
+
+def round_between(x: torch.Tensor, width: int, ratio: float = 1.0) -> torch.Tensor:
+    """Asymmetric rounding of float[..., size] over ``ratio`` of its range, at two bits or more."""
+    step, zero = range_grid(x, width, ratio)
+    codes = ((x / step).round_() + zero).clamp_(0, 2**width - 1)
+    return (codes - zero) * step
+
+
+def range_grid(x: torch.Tensor, width: int, ratio: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step and integer zero point, float[..., 1] each, of the range that holds zero and ``ratio`` of ``x``'s."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0) * ratio, x.amax(-1, keepdim=True).clamp(min=0) * ratio
+    # a range below what 1 / step can hold rounds to zero, as an all-zero group does
+    step = ((high - low) / (2**width - 1)).clamp_min(torch.finfo(torch.float32).tiny)
+    return step, (-low / step).round()
+
+
+def binarize(x: torch.Tensor) -> torch.Tensor:
+    """One bit: ``c + a sign(w - c)`` with c the mean and ``a = mean |w - c|``, its least-squares partner."""
+    centre = x.mean(-1, keepdim=True)
+    reach = (x - centre).abs().mean(-1, keepdim=True)
+    return torch.where(x >= centre, centre + reach, centre - reach)
