@@ -11,7 +11,7 @@ from mixcomp.errors import CalibrationError
 from mixcomp.passes.mixllm import check_widths, feature_dots, taylor_salience
 from mixcomp.passes.rounding import round_range
 from mixcomp.passes.watch import Watch, logits_of
-from mixcomp.program import Program, Site
+from mixcomp.program import Program
 from mixcomp.protocol import Context, Pass
 
 
@@ -53,7 +53,7 @@ class ScoreFeatures(Pass):
                 return
             if not y.requires_grad:
                 y.requires_grad_()
-            y.register_hook(lambda g: dots[name].add_(self._dots(program, sites[name], x, g)))
+            y.register_hook(lambda g: self._add_dots(dots[name], program.weight(sites[name]), x, g))
 
         watch = Watch(program.graph_module, tap)
         for done, ids in enumerate(sequences):
@@ -72,12 +72,12 @@ class ScoreFeatures(Pass):
             raise CalibrationError("score-features has no sequence of two tokens or more; give calibration text")
         return rows[: max(1, self.tokens // rows[0].shape[1])]
 
-    def _dots(self, program: Program, site: Site, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    def _add_dots(self, total: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """fp32[rows, steps].  The error is made anew each time: a kept copy would be a second model in fp32."""
-        weight = program.weight(site).detach().to(x.device, torch.float32)
-        x, gradient = x.reshape(-1, site.columns), gradient.reshape(-1, site.rows)
-        errors = (round_range(weight, width, self.group) - weight for width in self.widths[1:])
-        return torch.stack([feature_dots(gradient, x, error) for error in errors], 1)
+        weight = weight.detach().to(x.device, torch.float32)
+        x, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        for i, width in enumerate(self.widths[1:]):
+            total[:, i] += feature_dots(gradient, x, round_range(weight, width, self.group) - weight)
 
 
 def _summed_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
