@@ -84,9 +84,9 @@ def widths_allowed(case: Case) -> Findings:
                 yield f"site {site.name}: is left alone and has widths", None
             continue
         widths = case.program.tensor(site.name, "widths")
-        sizes, allowed = _group_sizes(case, site), WIDTHS
+        allowed: tuple[int, ...] = WIDTHS
         if widths.dim() == 2:  # one bit is a width of column groups only
-            yield from _typed(f"{site.name}/widths", widths, torch.uint8, (site.rows, len(sizes)))
+            yield from _typed(f"{site.name}/widths", widths, torch.uint8, (site.rows, len(_group_sizes(case, site))))
             allowed = (1, *WIDTHS)
         else:
             yield from _typed(f"{site.name}/widths", widths, torch.uint8, (site.rows,))
