@@ -16,6 +16,7 @@ they appear.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -236,7 +237,8 @@ class Text:
         widths = self.program.find(site.name, "widths")
         if widths is not None and widths.dim() == 2:
             group = self.program.find(site.name, "group")
-            profile = segments_text(runs(sorted(widths[0].tolist()))) if site.rows else []
+            counts = Counter(widths[0].tolist())
+            profile = (f"{width}x{count}" for width, count in sorted(counts.items()))
             return [*profile, f"groups of {GROUP if group is None else int(group)} columns"]
         return [] if widths is None else segments_text(runs(sorted(widths.tolist())))
 
