@@ -40,7 +40,9 @@ def mix_widths(energy: torch.Tensor, group: int, mix: Mix) -> tuple[int, ...]:
 
     energy float[columns], the diagonal of S.  Borders between widths are rounded to whole groups, halves up.
     """
-    heat = torch.stack([part.double().mean() for part in energy.split(group)])
+    whole = len(energy) // group * group
+    heat = torch.cat((energy[:whole].view(-1, group).double().mean(1), energy[whole:].double().mean(0, True)))
+    heat = heat[: -(-len(energy) // group)]  # without a short last group there is no mean of it
     order = torch.argsort(heat, descending=True, stable=True).tolist()
     shares = accumulate(Fraction(str(share)) for _, share in mix)
     borders = [int(len(order) * share + Fraction(1, 2)) for share in shares]

@@ -13,7 +13,7 @@ from mixcomp.errors import BudgetError, ConfigError
 from mixcomp.passes import slim
 from mixcomp.passes.decision import Assignment, Decision, Decisions
 from mixcomp.passes.directions import error_loss
-from mixcomp.passes.gptq import feedback
+from mixcomp.passes.gptq import Feedback, feedback
 from mixcomp.passes.rounding import round_mix
 from mixcomp.program import Program, Site
 from mixcomp.protocol import Context
@@ -21,14 +21,6 @@ from mixcomp.protocol import Context
 #: N whose neighbours N - 1 and N + 1 are widths too
 MIDDLES = (2, 3, 4, 5)
 GROUPS = (32, 64, 128)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ranking:
-    """Salience fp64[blocks] of a site and the pairs in the order they leave the middle width."""
-
-    salience: torch.Tensor
-    pairs: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -64,60 +56,63 @@ class AssignBlocks(Assignment):
             raise ConfigError(f"group {self.group!r} of assign-blocks is not one of {GROUPS}")
         blocks = -(-site.columns // self.group)
         most = torch.full((blocks,), MIDDLES[-1] + 1)
-        return self._bits(site, self._widest_split(site, MIDDLES[0])), self._bits(site, most)
+        return self._bits(site, self._some_split(site, MIDDLES[0])), self._bits(site, most)
 
     def decide(self, program: Program, sites: tuple[Site, ...], room: int, context: Context) -> Decisions:
-        ranked, widths, middle = {}, {}, self._middle(sites, room)
+        salience, widths, middle = {}, {}, self._middle(sites, room)
+        read, known = "", None
         for done, site in enumerate(sites):
             context.progress("block widths", done, len(sites))
-            ranked[site.name], widths[site.name] = self._split(program, site, middle, context.device)
-        chosen = self._spend_rest(sites, widths, ranked, middle, room)
+            if known is None or read != site.input:  # sites that read one activation follow each other
+                sigma = program.tensor(site.input, "sigma").to(context.device)
+                read, known = site.input, feedback(sigma, site.name)
+            salience[site.name], widths[site.name] = self._split(program, site, sigma, known, middle)
+        chosen = self._spend_rest(sites, widths, salience, middle, room)
         return Decisions({s.name: self._decision(program, s, chosen[s.name], context.device) for s in sites})
 
     def _bits(self, site: Site, widths: torch.Tensor) -> int:
-        return profile_bits(
-            site.rows, site.columns, widths.tolist(), self.group, self.scale_kind, self.budget.count
-        )  # fmt: skip
+        return profile_bits(site.rows, site.columns, widths.tolist(), self.group, self.scale_kind, self.budget.count)
 
-    def _widest_split(self, site: Site, middle: int) -> torch.Tensor:
-        """A split as costly as any: every split holds the same codes, mixed ones the places of their groups."""
+    def _some_split(self, site: Site, middle: int) -> torch.Tensor:
+        """A split that costs what all splits do: as many codes, and the places of the groups."""
         pairs = slim.pairing(torch.zeros(-(-site.columns // self.group)), site.columns, self.group)
         return slim.split_widths(pairs, -(-site.columns // self.group), middle, 1)
 
     def _middle(self, sites: tuple[Site, ...], room: int) -> int:
-        fits = [n for n in MIDDLES if sum(self._bits(s, self._widest_split(s, n)) for s in sites) <= room]
+        fits = [n for n in MIDDLES if sum(self._bits(s, self._some_split(s, n)) for s in sites) <= room]
         if not fits:
             raise BudgetError(
                 f"budget {self.budget} does not hold {MIDDLES[0]} bits in blocks of {self.group}; raise it"
             )
         return fits[-1]
 
-    def _split(self, program: Program, site: Site, middle: int, device: torch.device) -> tuple[_Ranking, torch.Tensor]:
-        weight = program.weight(site).detach().to(device, torch.float32)
-        sigma = program.tensor(site.input, "sigma").to(device)
-        elements = slim.element_salience(weight, feedback(sigma, site.name))
-        salience = slim.block_salience(elements, self.group)
+    def _split(
+        self, program: Program, site: Site, sigma: torch.Tensor, known: Feedback, middle: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Salience fp64[blocks] and widths uint8[blocks]."""
+        weight = program.weight(site).detach().to(sigma.device, torch.float32)
+        salience = slim.block_salience(slim.element_salience(weight, known), self.group)
         pairs = slim.pairing(salience, site.columns, self.group)
         if self.score == "kl":
-            x = program.tensor(site.input, "samples").to(device)
+            x = program.tensor(site.input, "samples").to(sigma.device)
             scores = slim.divergences(x, weight, pairs, middle, self.group)
         else:
             scores = slim.quadratic_errors(sigma, weight, pairs, middle, self.group)
         count = int(scores.argmin())
-        return _Ranking(salience, pairs), slim.split_widths(pairs, len(salience), middle, count)
+        return salience, slim.split_widths(pairs, len(salience), middle, count)
 
     def _spend_rest(
         self,
         sites: tuple[Site, ...],
         widths: Mapping[str, torch.Tensor],
-        ranked: Mapping[str, _Ranking],
+        salience: Mapping[str, torch.Tensor],
         middle: int,
         room: int,
     ) -> dict[str, torch.Tensor]:
         """The largest common share of blocks, and then one more block here and there in graph order."""
 
         def wider(site: Site, extra: int) -> torch.Tensor:
-            return slim.widened(widths[site.name], ranked[site.name].salience, middle, extra)
+            return slim.widened(widths[site.name], salience[site.name], middle, extra)
 
         def bits(share: float) -> int:
             return sum(self._bits(s, wider(s, int(share * len(widths[s.name])))) for s in sites)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -76,9 +77,7 @@ class AssignMixes(Assignment):
     def span(self, site: Site, index: bool) -> tuple[int, int]:
         if not self.groups or not set(self.groups) <= set(GROUPS) or not self.mixes:
             raise ConfigError(f"assign-mixes has groups {self.groups} and {len(self.mixes)} mixes; groups are {GROUPS}")
-        energy = torch.zeros(site.columns)  # heat moves widths, and no bits but those of a short last group
-        bits = [self._bits(site, group, amlq.mix_widths(energy, group, m)) for group in self.groups for m in self.mixes]
-        return min(bits), max(bits)
+        return _span(site.rows, site.columns, self.groups, self.mixes, self.scale_kind, self.budget.count)
 
     def decide(self, program: Program, sites: tuple[Site, ...], room: int, context: Context) -> Decisions:
         if not sites:
@@ -134,6 +133,20 @@ class AssignMixes(Assignment):
         widths = torch.tensor(one.widths, dtype=torch.uint8).repeat(site.rows, 1)
         bits = profile_bits(site.rows, site.columns, one.widths, one.group, self.scale_kind)
         return Decision(widths, bits, one.loss, rank, one.group, self.scale_kind)
+
+
+@lru_cache
+def _span(
+    rows: int, columns: int, groups: tuple[int, ...], mixes: tuple[amlq.Mix, ...], scale_kind: int, count: str
+) -> tuple[int, int]:
+    """Fewest and most bits; heat moves widths about, and changes no bits but those of a short last group."""
+    flat = torch.zeros(columns)
+    bits = [
+        profile_bits(rows, columns, amlq.mix_widths(flat, group, mix), group, scale_kind, count)
+        for group in groups
+        for mix in mixes
+    ]
+    return min(bits), max(bits)
 
 
 def _choose(

@@ -5,7 +5,7 @@ Nothing here is stored; ``mixcomp.quant`` makes what is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -21,25 +21,17 @@ def round_range(weight: torch.Tensor, width: int, group: int) -> torch.Tensor:
         width: bits of a code, at least 1.
         group: columns that share a range; the last group may be short.
     """
-    return by_group(weight, group, lambda x: binarize(x) if width == 1 else round_between(x, width))
+    rows, columns = weight.shape
+    whole = columns // group * group
+    parts = [weight[:, :whole].reshape(rows, whole // group, group), weight[:, None, whole:]]
+    rounded = [binarize(x) if width == 1 else round_between(x, width) for x in parts if x.numel()]
+    return torch.cat([x.flatten(1) for x in rounded], 1)
 
 
 def round_mix(weight: torch.Tensor, group: int, widths: Sequence[int]) -> torch.Tensor:
     """Plain rounding of every column group at its own width, float[rows, columns]."""
     blocks = weight.split(group, 1)
     return torch.cat([round_range(block, w, group) for block, w in zip(blocks, widths, strict=True)], 1)
-
-
-def by_group(weight: torch.Tensor, group: int, what: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Apply ``what`` to float[rows, groups, size], whole groups together and a short last one by itself."""
-    rows, columns = weight.shape
-    whole = columns // group * group
-    parts = []
-    if whole:
-        parts.append(what(weight[:, :whole].reshape(rows, -1, group)).reshape(rows, whole))
-    if whole < columns:
-        parts.append(what(weight[:, None, whole:])[:, 0])
-    return torch.cat(parts, 1)
 
 
 def round_between(x: torch.Tensor, width: int, ratio: float = 1.0) -> torch.Tensor:
