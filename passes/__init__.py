@@ -12,7 +12,8 @@
 
 ``strategies`` lists what other strategies put in place of the second and third.
 
-No pass imports another pass; ``gptq``, ``allocate``, ``coupling``, ``directions``, ``stacks`` and others are mathematics they share.
+No pass imports another pass; ``gptq``, ``allocate``, ``coupling``, ``directions``, ``stacks`` and others are mathematics
+they share.
 """
 
 from mixcomp.passes.precision import AssignPrecision
