@@ -103,11 +103,12 @@ def compile(
 def _passes(program: Program, config: CompileConfig, device: torch.device) -> tuple[Pass, ...]:
     """The whole pipeline; a budget that its strategy cannot meet is refused here, before any calibration."""
     fixed = tuple(sorted(_fixed(program, config).items()))
-    measuring, deciding = passes_of(config.strategy, config.budget, fixed)
+    tokens = GRADIENT_TOKENS[device.type]
+    measuring, deciding = passes_of(config.strategy, config.budget, fixed, tokens)
     bounds = deciding.limits(program)
     bounds.require(config.budget.bits(bounds.weights), str(config.budget))
     return (
-        CollectStatistics(GRADIENT_TOKENS[device.type]),
+        CollectStatistics(tokens),
         *measuring,
         deciding,
         ReorderFeatures(),

@@ -22,16 +22,19 @@ from mixcomp.protocol import Pass
 #: (site, width) pairs the user set
 Fixed = tuple[tuple[str, int], ...]
 
-STRATEGIES: dict[str, tuple[tuple[Callable[[], Pass], ...], Callable[[Budget, Fixed], Assignment]]] = {
-    "joint": ((AnnotateSalience,), AssignPrecision),
-    "uniform": ((AnnotateSalience,), lambda budget, fixed: AssignPrecision(budget, fixed, "uniform")),
-    "mixllm": ((ScoreFeatures,), AssignFeatures),
-    "slim": ((KeepSamples,), AssignBlocks),
-    "amlq": ((), AssignMixes),
+#: name -> (passes that measure, given the tokens of a backward pass; the pass that decides)
+STRATEGIES: dict[str, tuple[Callable[[int], tuple[Pass, ...]], Callable[[Budget, Fixed], Assignment]]] = {
+    "joint": (lambda _: (AnnotateSalience(),), AssignPrecision),
+    "uniform": (lambda _: (AnnotateSalience(),), lambda budget, fixed: AssignPrecision(budget, fixed, "uniform")),
+    "mixllm": (lambda tokens: (ScoreFeatures(tokens=tokens),), AssignFeatures),
+    "slim": (lambda _: (KeepSamples(),), AssignBlocks),
+    "amlq": (lambda _: (), AssignMixes),
 }
 
 
-def passes_of(strategy: str, budget: Budget, fixed: Fixed = ()) -> tuple[tuple[Pass, ...], Assignment]:
+def passes_of(
+    strategy: str, budget: Budget, fixed: Fixed = (), gradient_tokens: int = 65536
+) -> tuple[tuple[Pass, ...], Assignment]:
     """(passes that measure, the pass that decides) of a strategy that ``CompileConfig`` has checked."""
-    measures, decides = STRATEGIES[strategy]
-    return tuple(kind() for kind in measures), decides(budget, fixed)
+    measuring, deciding = STRATEGIES[strategy]
+    return measuring(gradient_tokens), deciding(budget, fixed)

@@ -143,3 +143,13 @@ def test_bad_options_are_named(options: dict[str, object], words: list[str]) -> 
 def test_a_missing_budget_is_named() -> None:
     with pytest.raises(ConfigError, match="budget is missing"):
         CompileConfig.from_kwargs(strategy="joint")
+
+
+def test_every_strategy_has_passes() -> None:
+    from mixcomp.config import STRATEGIES
+    from mixcomp.passes import strategies
+
+    assert tuple(strategies.STRATEGIES) == STRATEGIES
+    for name in STRATEGIES:
+        _, deciding = strategies.passes_of(name, Budget(5.0), (("a", 4),))
+        assert (deciding.budget, deciding.fixed) == (Budget(5.0), (("a", 4),))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mixcomp import manager
 from mixcomp.config import Budget
-from mixcomp.errors import BudgetError, ConfigError
+from mixcomp.errors import BudgetError, ConfigError, InvariantError
 from mixcomp.passes import CollectStatistics, rounding, slim
 from mixcomp.passes.assign_blocks import AssignBlocks
 from mixcomp.passes.gptq import DAMPING, feedback
@@ -20,6 +20,7 @@ from mixcomp.passes.rounding import binarize, round_mix, round_range
 from mixcomp.passes.slim import RATIOS, block_salience, element_salience, fit_ranges, pairing, salient, split_widths
 from mixcomp.program import Program
 from mixcomp.protocol import Context
+from mixcomp.verify import check
 from programs import Blueprint, Kind, Layer, build, context
 
 MODEL = Blueprint((Layer(Kind.GATED, 300), Layer(Kind.PLAIN, 66, bias=True), Layer(Kind.REUSED, 80)), width=320)
@@ -290,3 +291,21 @@ def test_what_an_earlier_strategy_wrote_does_not_stay(known: Program) -> None:
     rows = manager.run(blocks, (ScoreFeatures(), AssignFeatures(Budget(6.0))), context(MODEL), level=2)
     assert rows.find("layers.0.up", "group") is None
     assert rows.tensor("layers.0.up", "widths").dim() == 1
+
+
+BROKEN: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "a width of seven": ("widths", lambda t: t.index_fill(1, torch.tensor(0), 7), "I11.*7"),
+    "a group too many": ("widths", lambda t: torch.cat((t, t[:, :1]), 1), "I11.*wanted u8"),
+    "smaller groups": ("group", lambda t: t // 2, "I11.*wanted u8"),
+    "wider codes than the budget": ("widths", lambda t: t.clamp(min=6), "I12.*payload_bits"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_laws_judge_column_groups(known: Program, name: str) -> None:
+    what, change, message = BROKEN[name]
+    found = assigned(known, AssignBlocks(Budget(3.0, count="payload"), group=64))
+    check(found)
+    key = f"layers.0.down/{what}"
+    with pytest.raises(InvariantError, match=message):
+        check(found.with_tensors({key: change(found.tensors[key])}))
