@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixcomp import manager
-from mixcomp.budget import limits
 from mixcomp.calibration import Calibration, resolve
 from mixcomp.capture import capture
 from mixcomp.clock import Clock
@@ -20,19 +19,12 @@ from mixcomp.errors import ConfigError, InputError, MismatchError
 from mixcomp.fingerprint import Identity
 from mixcomp.lowering.lower import LowerLinears, write_back
 from mixcomp.measurement import Measurement
-from mixcomp.passes import (
-    AnnotateSalience,
-    AssignPrecision,
-    CollectStatistics,
-    FollowPlan,
-    InsertSideBranch,
-    QuantizeWeights,
-    ReorderFeatures,
-)
-from mixcomp.passes.coupling import Couplings, analyse, needs_index
-from mixcomp.passes.planner import Prices, assigned
+from mixcomp.passes import CollectStatistics, FollowPlan, InsertSideBranch, QuantizeWeights, ReorderFeatures
+from mixcomp.passes.coupling import Couplings, analyse
+from mixcomp.passes.decision import Decisions
+from mixcomp.passes.strategies import measuring_of, passes_of
 from mixcomp.planning import open_measurement, record
-from mixcomp.plans import Compiled, Plan
+from mixcomp.plans import Compiled, Plan, parse_widths
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass, Progress
 
@@ -72,7 +64,8 @@ def compile(
         budget: hard ceiling on stored bits of the weights in scope: ``4.4``, ``"4.4bpw"``, ``"3.9GB"`` or a ``Budget``.
         calibration: strings, token tensors, batches, a text file, or None for the bundled text.
         tokenizer: for calibration text; without one, tokens are sampled from the model itself.
-        strategy: ``"joint"``, or ``"uniform"``, the baseline at the same stored bits.
+        strategy: ``"joint"``; ``"uniform"``, the baseline at the same stored bits; ``"mixllm"``, ``"slim"`` and ``"amlq"``
+            decide as the papers of those names do.
         effort: ``"fast"``: statistics and GPTQ, no gradient tuning.
         include, exclude: site names or patterns (``"re:..."``) to add to the decoder's linears or leave out.
         overrides: pattern -> width in bits (16 leaves the site alone).
@@ -92,15 +85,13 @@ def compile(
     )  # fmt: skip
     run = _Run.start(model, config, config.alone, copy, progress)
     fixed = config.fixed(s.name for s in run.program.open_sites())
-    index = needs_index(run.program.sites, run.couplings)
-    bounds = limits(run.program.sites, index, fixed, config.budget.count)
+    measuring, deciding = passes_of(config.strategy, config.budget, tuple(sorted(fixed.items())), run.gradient_tokens)
+    bounds = deciding.limits(run.program)
     bounds.require(config.budget.bits(bounds.weights), str(config.budget))  # before any calibration
     identity = run.identify()
     text = run.calibrate(config, calibration, tokenizer)
-    strategies = AssignPrecision(config.budget, config.strategy, tuple(sorted(fixed.items())))  # type: ignore[arg-type]
-    program = run.passes(run.program, (*run.measuring(), strategies))
-    prices = Prices(program.sites, run.couplings, program.tensors)
-    plan = record(prices, assigned(prices), config, text.source, identity.fingerprint)
+    program = run.passes(run.program, (run.statistics, *measuring, deciding))
+    plan = record(program.sites, run.couplings, Decisions.read(program), config, text.source, identity.fingerprint)
     return run.finish(program, plan, {"source": text.source, "tokens": text.tokens})
 
 
@@ -130,7 +121,7 @@ def measure(
     run = _Run.start(model, options, (), False, progress)
     identity = run.identify()
     text = run.calibrate(options, calibration, tokenizer)
-    program = run.passes(run.program, run.measuring())
+    program = run.passes(run.program, (run.statistics, *measuring_of("joint", run.gradient_tokens)))
     return Measurement.of(program, run.couplings, identity, options, text.source)
 
 
@@ -179,7 +170,7 @@ def apply(
     if measured is None:
         text = run.calibrate(config, calibration, tokenizer)
         source = {"source": f"again, for quantization: {text.source}", "tokens": text.tokens}
-        followed = (*run.measuring()[:1], *followed)
+        followed = (run.statistics, *followed)
     else:
         with run.clock.stage("read moments"):
             run.program = replace(
@@ -205,8 +196,9 @@ def _first_difference(plan: Plan, program: Program) -> str:
     for name in sorted({*plan.sites, *plan.left_alone} ^ rows.keys()):
         return f"{name} is only in the {'model' if name in rows else 'plan'}"
     for name, site in sorted(plan.sites.items()):
-        if len(site.get("widths", "")) != rows[name]:
-            return f"{name} has {rows[name]} rows, the plan {len(site.get('widths', ''))}"
+        planned = sum(count for count, _ in parse_widths(site.get("widths", "")))
+        if planned != rows[name]:
+            return f"{name} has {rows[name]} rows, the plan {planned}"
     return "their weights differ"
 
 
@@ -255,9 +247,15 @@ class _Run:
         self.context = Context(self.device, text.batches, config.seed, self.clock.progress)
         return text
 
-    def measuring(self) -> tuple[Pass, ...]:
-        """The passes that ask the model: statistics first, then prices."""
-        return (CollectStatistics(GRADIENT_TOKENS[self.device.type]), AnnotateSalience())
+    @property
+    def gradient_tokens(self) -> int:
+        """Tokens of a backward pass."""
+        return GRADIENT_TOKENS[self.device.type]
+
+    @property
+    def statistics(self) -> Pass:
+        """The pass that every strategy starts from."""
+        return CollectStatistics(self.gradient_tokens)
 
     def passes(self, program: Program, steps: Iterable[Pass]) -> Program:
         """Run passes one by one, each a stage of its own."""

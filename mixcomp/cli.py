@@ -36,7 +36,7 @@ BudgetText = Annotated[str, typer.Option(help="Ceiling: bits per weight (4.4), o
 
 Out = Annotated[Path, typer.Option(help="Folder to write; a compiled model there is replaced.")]
 TextFile = Annotated[Path | None, typer.Option(help="Text file to calibrate on; bundled books by default.")]
-Strategy = Annotated[str, typer.Option(help="joint, or uniform: the baseline at the same bytes.")]
+Strategy = Annotated[str, typer.Option(help="joint, uniform (the baseline at the same bytes), mixllm, slim or amlq.")]
 Include = Annotated[list[str] | None, typer.Option(help="Site name or re:PATTERN to add; repeat at will.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Site name or re:PATTERN to leave alone.")]
 Overrides = Annotated[list[str] | None, typer.Option(help="PATTERN=WIDTH; width 16 leaves alone.")]
@@ -142,7 +142,7 @@ def plan_verb(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a measurement.")],
     budget: Annotated[str | None, typer.Option(help="Ceiling: bits per weight (4.4), or bytes (300MB, 3.9GB).")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write the plan to.")] = None,
-    strategy: Strategy = "joint",
+    strategy: Annotated[str, typer.Option(help="joint, or uniform: the baseline at the same bytes.")] = "joint",
     overrides: Overrides = None,
     against: Annotated[Path | None, typer.Option(help="Another plan's file: adds the overlap of both.")] = None,
     curve: Annotated[bool, typer.Option("--curve", help="Predicted loss over all budgets.")] = False,

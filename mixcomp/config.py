@@ -17,11 +17,11 @@ from mixcomp.patterns import match
 
 #: bits of a weight that is left as it came; the width to give in ``overrides`` to leave a site alone
 UNCOMPRESSED = 16
-STRATEGIES = ("joint", "uniform")
+STRATEGIES = ("joint", "uniform", "mixllm", "slim", "amlq")
 EFFORTS = ("fast",)
 ACTIVATIONS = ("native",)
 #: known names of later releases: refused by name, so that nobody takes them for a typing error
-PLANNED = {"strategy": ("mixllm", "slim", "amlq"), "effort": ("balanced", "best"), "activations": ("int8",)}
+PLANNED = {"effort": ("balanced", "best"), "activations": ("int8",)}
 
 _UNITS = {"bpw": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _AMOUNT = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]+)\s*")

@@ -6,10 +6,13 @@ A plan holds decisions and nothing that differs between two runs of the same com
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,8 +20,12 @@ from mixcomp.errors import FormatError, InputError, MismatchError
 from mixcomp.files import read_whole, sha256, write_atomic
 from mixcomp.records import read_json
 
+if TYPE_CHECKING:
+    import torch
+
 PLAN_VERSION = 2
 MAX_PLAN = 1 << 28  #: bytes
+_RUNS = re.compile(r"[1-9][0-9]{0,9}x[0-9]+( [1-9][0-9]{0,9}x[0-9]+)*")
 _KINDS = {
     "plan_version": (int,),
     "options": (dict,),
@@ -46,7 +53,8 @@ class Plan:
 
     ``options`` is the configuration, ``calibration`` names the text, ``totals`` holds weights and bits, ``price`` is the
     loss (nats a token) that one more bit would save, ``gap`` bounds how far ``predicted_loss`` is above the best
-    allocation of the same costs.  ``sites`` maps a name to ``{"widths": "4454...", one digit a row, "rank", "reorder"}``,
+    allocation of the same costs.  ``sites`` maps a name to ``{"widths": "4454...", one digit a row, "rank", "reorder"}``
+    (where rows mix widths as ``widths_text`` says; ``"group"`` and ``"scales"`` where they are not the default),
     ``left_alone`` maps a name to the reason, ``model`` is the fingerprint of the model it is for.
 
     ``rank`` is what a side branch may have; one that does not lower the site's loss is not built, so a compiled model
@@ -112,8 +120,11 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the single rows."""
-        digits = "".join(site["widths"] for site in self.sites.values())
-        rows = {width: digits.count(width) for width in sorted(set(digits))}
+        found: Counter[str] = Counter()
+        for site in self.sites.values():
+            for count, digits in parse_widths(site["widths"]):
+                found["+".join(sorted(set(digits)))] += count
+        rows = dict(sorted(found.items()))
         ranks = sum(site["rank"] for site in self.sites.values())
         whole = {k: v for k, v in self.to_json().items() if k != "sites"}
         bits = {f"{kind}_bpw": self.totals[f"{kind}_bits"] / self.totals["weights"] for kind in ("payload", "stored")}
@@ -162,6 +173,21 @@ class Compiled:
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
+def widths_text(widths: torch.Tensor) -> str:
+    """One digit a row, ``"4454"``; of uint8[rows, groups] runs of equal rows with a digit a group, ``"64x2244 8x4444"``."""
+    if widths.dim() == 1:
+        return (widths + ord("0")).numpy().tobytes().decode()
+    equal = ((row, len(list(rows))) for row, rows in groupby(widths.tolist()))
+    return " ".join(f"{count}x{''.join(map(str, row))}" for row, count in equal)
+
+
+def parse_widths(text: str) -> list[tuple[int, str]]:
+    """(rows, digits of each of them) of every run of equal rows that ``widths_text`` wrote; none of any other text."""
+    if _RUNS.fullmatch(text):
+        return [(int(rows), digits) for rows, digits in (run.split("x") for run in text.split(" "))]
+    return [(len(list(rows)), digit) for digit, rows in groupby(text)] if text.isdecimal() else []
+
+
 def overlap(one: Plan, other: Plan) -> float:
     """Jaccard overlap, 0..1, of the rows that two plans of one model favour.
 
@@ -173,7 +199,10 @@ def overlap(one: Plan, other: Plan) -> float:
     Raises:
         MismatchError: the plans do not speak of the same rows.
     """
-    sizes = [{name: len(site["widths"]) for name, site in plan.sites.items()} for plan in (one, other)]
+    sizes = [
+        {n: sum(rows * len(digits) for rows, digits in parse_widths(site["widths"])) for n, site in plan.sites.items()}
+        for plan in (one, other)
+    ]
     if sizes[0] != sizes[1]:
         odd = sorted(name for name, _ in sizes[0].items() ^ sizes[1].items())
         raise MismatchError(f"the plans differ in the sites or rows of {odd[:5]}; compare plans of one model and scope")
@@ -183,7 +212,8 @@ def overlap(one: Plan, other: Plan) -> float:
 
 
 def _favoured(plan: Plan, names: list[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    digits = np.frombuffer("".join(plan.sites[name]["widths"] for name in names).encode(), dtype=np.uint8)
+    text = "".join(digits * rows for name in names for rows, digits in parse_widths(plan.sites[name]["widths"]))
+    digits = np.frombuffer(text.encode(), dtype=np.uint8)
     if not len(digits):
         return np.zeros(0, dtype=np.bool_)
     found: np.ndarray[Any, np.dtype[np.bool_]] = digits > np.bincount(digits).argmax()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,6 +78,13 @@ def site_format(
     """The format of rows of these widths, uint8[rows] or [rows, groups]; its bits do not depend on the rows' order."""
     segments, _ = layout(widths, columns, group)
     return SiteFormat(len(widths), columns, segments, scatter, 0, group, scales)
+
+
+@lru_cache(maxsize=4096)
+def shared_format(rows: int, columns: int, widths: tuple[int, ...], group: int, scales: Scales) -> SiteFormat:
+    """The format of rows that all have these widths of groups."""
+    (segment,), _ = layout(torch.tensor([widths], dtype=torch.uint8), columns, group)
+    return SiteFormat(rows, columns, (replace(segment, rows=rows),), group=group, scales=scales)
 
 
 def stored_columns(fmt: SiteFormat, order: torch.Tensor) -> torch.Tensor:

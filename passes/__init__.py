@@ -11,8 +11,10 @@
     insert-side-branch  low-rank pairs where a direction pays for its bits       closed form
     (lowering)          lower-linears: canonical linears become mixed_linear
 
-No pass imports another pass; ``gptq``, ``allocate``, ``planner``, ``coupling``, ``orders``, ``directions`` and ``stacks``
-are mathematics they share.
+``strategies`` lists what other strategies put in place of the second and third.
+
+No pass imports another pass; ``gptq``, ``allocate``, ``planner``, ``coupling``, ``orders``, ``directions``, ``stacks`` and
+others are mathematics they share.
 """
 
 from mixcomp.passes.follow import FollowPlan

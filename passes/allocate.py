@@ -77,7 +77,7 @@ class Offers:
         # the hull steps of a unit come in falling ratio, so the furthest one bought is the unit's choice
         choice.scatter_reduce_(0, self.unit[:count], self.option[:count], "amax")
         price = float(self.ratio[count]) if count < len(self.ratio) else 0.0
-        choice = _spend_rest(self.losses, self.bits, choice, budget)
+        choice = spend_rest(self.losses, self.bits, choice, budget)
         loss, used = (float(table.gather(1, choice[:, None]).sum()) for table in (self.losses, self.bits))
         best = (self.losses + price * self.bits).min(1).values if len(self.losses) else self.losses
         bound = float(best.sum()) - price * budget
@@ -124,8 +124,8 @@ def _walk(losses: torch.Tensor, bits: torch.Tensor) -> Iterator[tuple[torch.Tens
         here_loss, here_bits = losses.gather(0, to[None]), bits.gather(0, to[None])
 
 
-def _spend_rest(losses: torch.Tensor, bits: torch.Tensor, choice: torch.Tensor, budget: int) -> torch.Tensor:
-    """Upgrade single units, best loss per bit first, while anything fits."""
+def spend_rest(losses: torch.Tensor, bits: torch.Tensor, choice: torch.Tensor, budget: int) -> torch.Tensor:
+    """Upgrade single units from ``choice`` int64[units], best loss per bit first, while anything fits."""
     choice = choice.clone()
     rest = budget - float(bits.gather(1, choice[:, None]).sum())
     if not len(choice) or rest < float(bits.diff(dim=1).min()):

@@ -10,11 +10,11 @@ import torch
 from mixcomp.budget import limits
 from mixcomp.config import CompileConfig
 from mixcomp.errors import BudgetError, FormatError, MismatchError
-from mixcomp.format import WIDTHS
-from mixcomp.passes.coupling import analyse
+from mixcomp.format import ALL_WIDTHS, GROUP, GROUPS, Scales
+from mixcomp.passes.coupling import analyse, needs_index
+from mixcomp.passes.decision import Decision, Decisions
 from mixcomp.passes.directions import branch_bits, most_directions
-from mixcomp.passes.planner import Assignment, Prices, table
-from mixcomp.plans import Plan
+from mixcomp.plans import Plan, parse_widths
 from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass
 
@@ -45,42 +45,62 @@ class FollowPlan(Pass):
         budget = CompileConfig.from_json(self.plan.options).budget
         bounds = limits(program.sites, {}, {}, budget.count)
         ceiling = budget.bits(bounds.weights)
-        widths = {name: _widths(site, self.plan.sites[name]) for name, site in sites.items()}
-        ranks = {name: _rank(site, self.plan.sites[name]) for name, site in sites.items()}
-        decided = Assignment(
-            widths, ranks, ceiling, self.plan.predicted_loss, self.plan.price, self.plan.gap
-        )  # fmt: skip
-        made = table(Prices(program.sites, analyse(program), {}), decided, budget.count)
+        index = needs_index(program.sites, analyse(program))
+        made = {name: _decision(site, self.plan.sites[name]) for name, site in sites.items()}
+        formats = [made[name].layout(site, index[name]) for name, site in sites.items()]
         if budget.count == "stored":
-            used = sum(int(made[f"{s.name}/planned_bits"]) for s in sites.values())
-            used += sum(ranks[s.name] * branch_bits(s.rows, s.columns) for s in sites.values())
+            used = sum(fmt.stored_bits() for fmt in formats)
+            used += sum(made[s.name].rank * branch_bits(s.rows, s.columns) for s in sites.values())
         else:
-            used = sum(s.columns * int(widths[s.name].sum(dtype=torch.int64)) for s in sites.values())
+            used = sum(fmt.payload_bits() for fmt in formats)
         if bounds.fixed + used > ceiling:
             raise BudgetError(
                 f"the plan takes {bounds.fixed + used:,} bits, its budget of {budget} is {ceiling:,}; "
                 "narrow some rows, or plan anew with a larger budget"
             )
-        return program.with_tensors(made)
+        decided = Decisions(made, self.plan.predicted_loss, self.plan.price, self.plan.gap, ceiling)
+        return decided.write(program, index, budget.count)
 
 
-def _widths(site: Site, decision: Any) -> torch.Tensor:
-    """uint8[rows] of the plan's digits."""
-    digits = decision.get("widths") if isinstance(decision, dict) else None
-    allowed = "".join(map(str, WIDTHS))
-    if not isinstance(digits, str) or set(digits) - set(allowed):
+def _decision(site: Site, decided: Any) -> Decision:
+    decided = decided if isinstance(decided, dict) else {}
+    group, text = decided.get("group", GROUP), decided.get("scales", Scales.TWO_LEVEL.text)
+    scales = {kind.text: kind for kind in Scales}.get(text) if isinstance(text, str) else None
+    if group not in GROUPS or scales is None:
         raise FormatError(
-            f"plan: widths of {site.name!r} are {digits!r:.80}; they must be one of {', '.join(allowed)} a row: correct them"
+            f"plan: {site.name!r} has {text!r:.80} scales in groups of {group!r:.80}; scales are "
+            f"{', '.join(kind.text for kind in Scales)}, groups {GROUPS}: correct them"
         )
-    if len(digits) != site.rows:
+    return Decision(_widths(site, decided.get("widths"), group), _rank(site, decided), group, scales)
+
+
+def _widths(site: Site, text: Any, group: int) -> torch.Tensor:
+    """uint8[rows] or [rows, groups] of the plan's text."""
+    allowed = "".join(map(str, ALL_WIDTHS))
+    rows = parse_widths(text) if isinstance(text, str) else []
+    if not rows or any(set(digits) - set(allowed) for _, digits in rows):
+        raise FormatError(
+            f"plan: widths of {site.name!r} are {text!r:.80}; they must be one of {', '.join(allowed)} a row, or "
+            '"ROWSxWIDTHS ..." with one a group: correct them'
+        )
+    count, sizes = sum(n for n, _ in rows), {len(digits) for _, digits in rows}
+    if count != site.rows:
         raise MismatchError(
-            f"plan and model do not fit: {site.name!r} has {site.rows} rows, the plan {len(digits)} widths; plan this model"
+            f"plan and model do not fit: {site.name!r} has {site.rows} rows, the plan {count} widths; plan this model"
         )
-    return torch.frombuffer(bytearray(digits.encode()), dtype=torch.uint8) - ord("0")
+    by_group = "x" in text
+    if by_group and sizes != {-(-site.columns // group)}:
+        raise MismatchError(
+            f"plan and model do not fit: {site.name!r} has {-(-site.columns // group)} groups a row, the plan "
+            f"{sorted(sizes)}; plan this model"
+        )
+    digits = torch.tensor([[int(d) for d in digits] for _, digits in rows], dtype=torch.uint8)
+    widths = digits.repeat_interleave(torch.tensor([n for n, _ in rows]), 0)
+    return widths if by_group else widths[:, 0].contiguous()
 
 
-def _rank(site: Site, decision: Any) -> int:
-    rank, most = decision.get("rank"), most_directions(site.rows, site.columns)
+def _rank(site: Site, decided: dict[str, Any]) -> int:
+    rank, most = decided.get("rank"), most_directions(site.rows, site.columns)
     if type(rank) is not int or not 0 <= rank <= max(most, 0):
         raise FormatError(
             f"plan: rank of {site.name!r} is {rank!r}; it must be a whole number in 0..{most}: correct it"

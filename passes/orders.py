@@ -26,7 +26,7 @@ def find_orders(
     min_segment_rows: int = MIN_SEGMENT_ROWS,
     shards: int = 1,
 ) -> list[Order]:
-    """Orders of all sites that do not stay as they are, from the widths, uint8[rows] or [rows, groups], of every open site."""
+    """Orders of all sites that do not stay as they are; ``widths`` uint8[rows] or [rows, groups] of every open site."""
     found = []
     absorptions = taken(couplings, min_segment_rows, shards)
     absorbed = {name for absorption in absorptions for name in absorption.producers}

@@ -8,20 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
-from mixcomp.budget import limits, row_bits
+from mixcomp.budget import limits, row_bits, row_span
 from mixcomp.config import Budget
-from mixcomp.errors import ConfigError
-from mixcomp.format import WIDTHS, Segment, SiteFormat
-from mixcomp.passes.allocate import Offers
+from mixcomp.format import WIDTHS
 from mixcomp.passes.coupling import Couplings, needs_index
-from mixcomp.passes.directions import branch_bits
-from mixcomp.passes.orders import segments
+from mixcomp.passes.decision import Decision, Decisions, spend
+from mixcomp.passes.directions import branch_bits, rank_by_price
+from mixcomp.passes.rows import RowShop, Widths, loss_at
 from mixcomp.program import Site
 
-#: times the budget that freed row indices leave over is spent again
-_ROUNDS = 3
-
-Widths = dict[str, torch.Tensor]
+#: strategies that need nothing but prices
+STRATEGIES = ("joint", "uniform")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,23 +35,6 @@ class Prices:
     def open_sites(self) -> tuple[Site, ...]:
         return tuple(s for s in self.sites if s.open)
 
-    def losses(self, sites: tuple[Site, ...]) -> torch.Tensor:
-        """fp64[rows of all sites, widths]."""
-        return torch.cat([self.tensors[f"{s.name}/salience"].double().cpu() for s in sites])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Assignment:
-    """``widths`` uint8[rows] (original order) and ``ranks`` of every open site; ``loss`` is what they are predicted to
-    cost, ``ceiling`` the bits that were there to spend; ``price`` and ``gap`` as in ``allocate.Allocation``."""
-
-    widths: Mapping[str, torch.Tensor]
-    ranks: Mapping[str, int]
-    ceiling: int
-    loss: float
-    price: float
-    gap: float
-
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
@@ -68,34 +48,52 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
-def assign(prices: Prices, budget: Budget, strategy: str, fixed: Mapping[str, int]) -> Assignment:
-    """Spend ``budget``; see ``precision.AssignPrecision`` for the strategies.
+def assign(prices: Prices, budget: Budget, strategy: str, fixed: Mapping[str, int]) -> Decisions:
+    """Spend ``budget``; see ``precision.AssignPrecision`` for the strategies, and ``decision.spend`` for errors."""
+    index = needs_index(prices.sites, prices.couplings)
+    return spend(
+        prices.sites, index, budget, fixed,
+        lambda site, own: span(site, own, budget.count),
+        lambda sites, room: decide(prices.tensors, sites, index, room, strategy, budget.count),
+        lambda site, widths: predicted(prices.tensors, site, widths),
+    )  # fmt: skip
 
-    Raises:
-        BudgetError: it is below the floor or above the ceiling of the weights in scope.
-        ConfigError: ``fixed`` names a site that is not open, or a width that does not exist.
-    """
-    sites = prices.open_sites()
-    _check_fixed(sites, fixed)
-    index, count = needs_index(prices.sites, prices.couplings), budget.count
-    bounds = limits(prices.sites, index, fixed, count)
-    ceiling = budget.bits(bounds.weights)
-    bounds.require(ceiling, str(budget))
-    free = tuple(s for s in sites if s.name not in fixed)
-    held = bounds.fixed + sum(_single(s, fixed[s.name], count) for s in sites if s.name in fixed)
-    found = {s.name: torch.full((s.rows,), fixed[s.name], dtype=torch.uint8) for s in sites if s.name in fixed}
-    ranks = dict.fromkeys((s.name for s in sites), 0)
-    price = gap = 0.0
-    if strategy == "uniform":
-        found |= _uniform(free, ceiling - held, count)
-    elif free:
-        shop = _Shop(prices, free, index, count)
-        bought, price, gap = shop.joint(ceiling - held, ranks)
-        found |= bought
-    widths = {s.name: found[s.name] for s in sites}
-    loss = float(sum(_predicted(prices, s, widths[s.name]) for s in sites))
-    return Assignment(widths, ranks, ceiling, loss, price, gap)
+
+def span(site: Site, index: bool, count: str) -> tuple[int, int]:
+    """Fewest and most bits of a site."""
+    return row_span(site, WIDTHS[0], WIDTHS[-1], index, count)
+
+
+def predicted(tensors: Mapping[str, torch.Tensor], site: Site, widths: torch.Tensor) -> float:
+    """Loss of a site at these widths."""
+    return loss_at(tensors[f"{site.name}/salience"], torch.tensor(WIDTHS, dtype=torch.uint8), widths)
+
+
+@_one_thread()
+def decide(
+    tensors: Mapping[str, torch.Tensor],
+    sites: tuple[Site, ...],
+    index: Mapping[str, bool],
+    room: int,
+    strategy: str,
+    count: str,
+) -> Decisions:
+    """Widths and ranks of sites within ``room`` bits; ``tensors`` as in ``Prices``."""
+    price, gap, ranks = 0.0, 0.0, dict.fromkeys((s.name for s in sites), 0)
+    if strategy == "uniform" or not sites:
+        parts = _uniform(sites, room, count)
+    else:
+        shop = _shop(tensors, sites, index, count)
+        if count == "stored":
+            bought, parts = shop.buy(room)
+            for s in sites:
+                loss, bits = shop.loss(s, parts[s.name]), branch_bits(s.rows, s.columns)
+                ranks[s.name] = rank_by_price(tensors[f"{s.name}/spectrum"], loss, bought.price, bits)
+                room -= ranks[s.name] * bits
+        bought, parts = shop.settle(room)
+        price, gap = bought.price, bought.gap
+    loss = sum(predicted(tensors, s, parts[s.name]) for s in sites)
+    return Decisions({s.name: Decision(parts[s.name], ranks[s.name]) for s in sites}, loss, price, gap)
 
 
 @_one_thread()
@@ -108,107 +106,17 @@ def curve(prices: Prices, count: str = "stored", points: int = 101) -> list[tupl
     sites = prices.open_sites()
     index = needs_index(prices.sites, prices.couplings)
     bounds = limits(prices.sites, index, {}, count)
-    offers = _Shop(prices, sites, index, count).offers
+    offers = _shop(prices.tensors, sites, index, count).offers
     low, high = float(offers.bits[:, 0].sum()), float(offers.bits[:, -1].sum())
     bits, loss = offers.sweep(torch.linspace(low, high, points, dtype=torch.float64))
     per_weight = ((bits + bounds.fixed) / bounds.weights).tolist()
     return list(zip(per_weight, loss.tolist(), strict=True))
 
 
-def table(prices: Prices, found: Assignment, count: str) -> dict[str, torch.Tensor]:
-    """The tensors that ``precision.AssignPrecision`` documents, for a program's table."""
-    index = needs_index(prices.sites, prices.couplings)
-    out = {"budget/bits" if count == "stored" else "budget/payload_bits": torch.tensor(found.ceiling)}
-    for site in prices.open_sites():
-        widths = found.widths[site.name]
-        out[f"{site.name}/widths"] = widths
-        out[f"{site.name}/planned_bits"] = torch.tensor(site_format(site, widths, index[site.name]).stored_bits())
-        out[f"{site.name}/planned_rank"] = torch.tensor(found.ranks[site.name])
-    for what in ("loss", "price", "gap"):
-        out[f"budget/{what}"] = torch.tensor(getattr(found, what), dtype=torch.float64)
-    return out
-
-
-def assigned(prices: Prices) -> Assignment:
-    """What ``table`` wrote, from a program's tensors."""
-    of, names = prices.tensors, [s.name for s in prices.open_sites()]
-    ceiling = next(int(of[key]) for key in ("budget/bits", "budget/payload_bits") if key in of)
-    loss, price, gap = (float(of[f"budget/{what}"]) for what in ("loss", "price", "gap"))
-    ranks = {name: int(of[f"{name}/planned_rank"]) for name in names}
-    return Assignment({name: of[f"{name}/widths"].cpu() for name in names}, ranks, ceiling, loss, price, gap)
-
-
-def site_format(site: Site, widths: torch.Tensor, index: bool) -> SiteFormat:
-    """Layout of a site's rows sorted by width, with a row index if they need both sorting and an index.
-
-    Rows that already lie in as few segments as a sort would leave stay where they are.
-    """
-    held = torch.bincount(widths.long().cpu(), minlength=WIDTHS[-1] + 1).tolist()
-    sizes = tuple(Segment(rows, width) for width, rows in enumerate(held) if rows)
-    return SiteFormat(site.rows, site.columns, sizes, index and segments(widths) > len(sizes))
-
-
-def _check_fixed(sites: tuple[Site, ...], fixed: Mapping[str, int]) -> None:
-    names = {s.name for s in sites}
-    for name, width in fixed.items():
-        if name not in names or width not in WIDTHS:
-            raise ConfigError(
-                f"fixed width {width!r} for {name!r}: widths are {WIDTHS}, sites e.g. {sorted(names)[:3]}"
-            )
-
-
-def _single(site: Site, width: int, count: str) -> int:
-    """Bits of a site with one width."""
-    return site.rows * row_bits(site.rows, site.columns, width, False, count)
-
-
-class _Shop:
-    """What the rows of some sites cost, and everything that can be bought for them."""
-
-    def __init__(self, prices: Prices, sites: tuple[Site, ...], index: Mapping[str, bool], count: str) -> None:
-        self.prices, self.sites, self.index, self.count = prices, sites, index, count
-        costs = [[row_bits(s.rows, s.columns, w, index[s.name], count) for w in WIDTHS] for s in sites]
-        rows = torch.tensor([s.rows for s in sites])
-        self.offers = Offers.of(prices.losses(sites), torch.tensor(costs).repeat_interleave(rows, 0))
-
-    def joint(self, budget: int, ranks: dict[str, int]) -> tuple[Widths, float, float]:
-        """Widths of all sites, price and gap; fills in ``ranks``."""
-        sites, offers, settled = self.sites, self.offers, dict[str, torch.Tensor]()
-        bought = offers.buy(budget)
-        if self.count == "stored":
-            parts = _split(sites, bought.choice)
-            ranks |= {s.name: self._rank(s, parts[s.name], bought.price) for s in sites}
-            budget -= sum(ranks[s.name] * branch_bits(s.rows, s.columns) for s in sites)
-        for _ in range(_ROUNDS):
-            bought = offers.buy(budget)
-            parts = _split(sites, bought.choice)
-            # a site of one width needs no row index: it is settled, and the others share what its index would have cost
-            single = {s.name for s in sites if self.index[s.name] and bool((parts[s.name] == parts[s.name][0]).all())}
-            settled |= {name: parts.pop(name) for name in single}
-            budget -= sum(_single(s, int(settled[s.name][0]), self.count) for s in sites if s.name in single)
-            if not single or not parts:
-                break
-            left = torch.tensor([s.name not in single for s in sites])
-            offers = offers.among(left.repeat_interleave(torch.tensor([s.rows for s in sites])))
-            sites = tuple(s for s in sites if s.name not in single)
-        return {**parts, **settled}, bought.price, bought.gap
-
-    def _rank(self, site: Site, widths: torch.Tensor, price: float) -> int:
-        """Leading directions whose share of the site's loss is worth more than their bits."""
-        gains = self.prices.tensors[f"{site.name}/spectrum"].double().cpu() * _predicted(self.prices, site, widths)
-        pays = gains > price * branch_bits(site.rows, site.columns)
-        return int(pays.long().cumprod(0).sum())
-
-
-def _split(sites: tuple[Site, ...], choice: torch.Tensor) -> Widths:
-    parts = torch.tensor(WIDTHS, dtype=torch.uint8)[choice].split([s.rows for s in sites])
-    return {s.name: widths for s, widths in zip(sites, parts, strict=True)}
-
-
-def _predicted(prices: Prices, site: Site, widths: torch.Tensor) -> float:
-    """Loss of a site at these widths."""
-    option = torch.searchsorted(torch.tensor(WIDTHS), widths.long())
-    return float(prices.losses((site,)).gather(1, option[:, None]).sum())
+def _shop(
+    tensors: Mapping[str, torch.Tensor], sites: tuple[Site, ...], index: Mapping[str, bool], count: str
+) -> RowShop:
+    return RowShop({s.name: tensors[f"{s.name}/salience"] for s in sites}, sites, WIDTHS, index, count)
 
 
 def _uniform(sites: tuple[Site, ...], budget: int, count: str) -> Widths:

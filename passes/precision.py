@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from mixcomp.config import Budget
-from mixcomp.passes.coupling import analyse
-from mixcomp.passes.planner import Prices, assign, table
-from mixcomp.program import Fact, Program
-from mixcomp.protocol import Context, Pass
+import torch
+
+from mixcomp.passes import planner
+from mixcomp.passes.decision import Assignment, Decisions
+from mixcomp.program import Fact, Program, Site
+from mixcomp.protocol import Context
 
 Strategy = Literal["joint", "uniform"]
 
 
 @dataclass(frozen=True)
-class AssignPrecision(Pass):
+class AssignPrecision(Assignment):
     """Spend the budget where a bit saves most loss.
 
     ``joint`` buys widths for single rows at one global price (see ``allocate``); a direction of a side branch is bought
@@ -37,13 +39,16 @@ class AssignPrecision(Pass):
 
     name: ClassVar[str] = "assign-precision"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.SALIENCE})
-    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.ASSIGNED})
 
-    budget: Budget = field(default_factory=lambda: Budget(4.4))
     strategy: Strategy = "joint"
-    fixed: tuple[tuple[str, int], ...] = ()
 
-    def run(self, program: Program, context: Context) -> Program:
-        prices = Prices(program.sites, analyse(program), program.tensors)
-        found = assign(prices, self.budget, self.strategy, dict(self.fixed))
-        return program.with_tensors(table(prices, found, self.budget.count))
+    def span(self, site: Site, index: bool) -> tuple[int, int]:
+        return planner.span(site, index, self.budget.count)
+
+    def decide(
+        self, program: Program, sites: tuple[Site, ...], index: Mapping[str, bool], room: int, context: Context
+    ) -> Decisions:
+        return planner.decide(program.tensors, sites, index, room, self.strategy, self.budget.count)
+
+    def pinned_loss(self, program: Program, site: Site, widths: torch.Tensor) -> float:
+        return planner.predicted(program.tensors, site, widths)

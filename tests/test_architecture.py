@@ -53,7 +53,12 @@ BOTTOM = {
     "program": {"errors", "format"},
     "protocol": {"program"},
 }
-PASS_MODULES = {"follow", "precision", "quantize", "reorder", "salience", "side_branch", "statistics"}
+PASS_MODULES = {
+    "assign_blocks", "assign_features", "assign_mixes", "follow", "keep_samples", "precision", "quantize", "reorder",
+    "salience", "score_features", "side_branch", "statistics",
+}  # fmt: skip
+#: where passes are put in a row
+LISTS = {"passes", "passes.strategies"}
 
 #: library -> modules (prefixes) that may import it at all, and those that may do so when they are imported themselves
 ONLY_IN = {
@@ -153,7 +158,7 @@ def is_arrow_allowed(arrow: Import) -> bool:
         return source in ABOVE_API
     if area == "passes":
         helper = inside(target, "passes") and target.partition(".")[2] not in PASS_MODULES
-        return target in FOR_PASSES or helper or source == "passes"
+        return target in FOR_PASSES or helper or source in LISTS
     if area == "lowering":
         lazily = inside(target, "kernels") and not arrow.eager
         return target in FOR_LOWERING or inside(target, "lowering") or lazily

@@ -26,7 +26,7 @@ def follow(made: Plan) -> Program:
 @pytest.mark.parametrize("budget", [Budget(4.4), Budget(4.0, count="payload")])
 @pytest.mark.parametrize("strategy", ["joint", "uniform"])
 def test_it_writes_what_assign_precision_writes(budget: Budget, strategy: str) -> None:
-    wanted = manager.run(priced(), (AssignPrecision(budget, strategy),), Context(), level=2)  # type: ignore[arg-type]
+    wanted = manager.run(priced(), (AssignPrecision(budget, strategy=strategy),), Context(), level=2)  # type: ignore[arg-type]
     found = follow(plan(measurement(), budget, strategy=strategy))
     assert found.tensors.keys() == wanted.tensors.keys()
     assert all(torch.equal(found.tensors[key], wanted.tensors[key]) for key in wanted.tensors)

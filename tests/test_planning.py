@@ -27,7 +27,7 @@ from mixcomp.protocol import Context
 def test_a_plan_is_what_the_passes_do(budget: float | str | Budget, strategy: str) -> None:
     budget = Budget(2300.0 * 4, "bytes") if isinstance(budget, str) else budget
     made = plan(measurement(), budget, strategy=strategy)
-    step = AssignPrecision(Budget.parse(budget), strategy)  # type: ignore[arg-type]
+    step = AssignPrecision(Budget.parse(budget), strategy=strategy)  # type: ignore[arg-type]
     done = manager.run(priced(), (step, ReorderFeatures(), QuantizeWeights(), InsertSideBranch()), Context(seed=3))
     stored = 0
     for site in done.open_sites():

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 
+from mixcomp.config import Budget, CompileConfig
 from mixcomp.errors import InvariantError, PassError
 from mixcomp.format import ALL_WIDTHS, Scales
 from mixcomp.lowering.lower import LowerLinears, packed_weight
 from mixcomp.manager import run
 from mixcomp.packed import PackedWeight
+from mixcomp.passes.coupling import analyse
+from mixcomp.passes.decision import Decisions
 from mixcomp.passes.gptq import Task, feedback, gptq
 from mixcomp.passes.quantize import QuantizeWeights
 from mixcomp.passes.reorder import ReorderFeatures
@@ -156,14 +161,19 @@ def test_lowered_programs_compute_what_is_stored(scales: Scales, kind: str) -> N
     torch.testing.assert_close(lowered.graph_module(x), plain.graph_module(x), rtol=1e-4, atol=1e-4)
 
 
+def recorded(program: Program, name: str) -> Mapping[str, Any]:
+    config = CompileConfig(budget=Budget(16.0))
+    return record(program.sites, analyse(program), Decisions.read(program), config, "none", "").sites[name]
+
+
 def test_a_plan_says_what_differs_from_the_default() -> None:
     program = quantized(GATED, 64, Scales.FLOAT_GROUP, "shared")
     site = program.open_sites()[0]
     row = "".join(map(str, program.tensor(site.name, "widths")[0].tolist()))
-    decision = record(program, {}, "none").sites[site.name]
+    decision = recorded(program, site.name)
     assert decision["widths"] == f"{site.rows}x{row}"
     assert (decision["group"], decision["scales"]) == (64, "float-group")
-    default = record(quantized(GATED, 32, Scales.TWO_LEVEL, "rows"), {}, "none").sites[site.name]
+    default = recorded(quantized(GATED, 32, Scales.TWO_LEVEL, "rows"), site.name)
     assert set(default) == {"widths", "rank", "reorder"}
     assert len(default["widths"]) == site.rows
 
