@@ -68,7 +68,7 @@ class Decisions:
             out[f"{site.name}/widths"] = one.widths
             out[f"{site.name}/planned_bits"] = torch.tensor(one.layout(site, index[site.name]).stored_bits())
             out[f"{site.name}/planned_rank"] = torch.tensor(one.rank)
-            if (one.group, one.scales) != (GROUP, Scales.TWO_LEVEL):
+            if one.widths.dim() == 2 or (one.group, one.scales) != (GROUP, Scales.TWO_LEVEL):
                 out[f"{site.name}/group"] = torch.tensor(one.group)
                 out[f"{site.name}/scale_kind"] = torch.tensor(int(one.scales))
         for what in ("loss", "price", "gap"):

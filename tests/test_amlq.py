@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from mixcomp import manager
 from mixcomp.config import Budget
 from mixcomp.errors import BudgetError, ConfigError
+from mixcomp.format import Scales
 from mixcomp.passes import CollectStatistics, amlq
 from mixcomp.passes.allocate import allocate, spend_rest
 from mixcomp.passes.amlq import MIXES, least_maximum, mix_widths, options, relative_error
 from mixcomp.passes.assign_mixes import AssignMixes
 from mixcomp.passes.directions import branch_bits
 from mixcomp.passes.rounding import round_mix
+from mixcomp.profiles import shared_format
 from mixcomp.program import Program
 from programs import Blueprint, Kind, Layer, build, context
 
@@ -168,7 +170,7 @@ def test_the_largest_error_is_least(known: Program) -> None:
         }
 
     def bits(widths: tuple[int, ...], rows: int) -> int:
-        return rows * sum(widths) * 32 + rows * 24 * len(widths) + 16 * len(widths) * (len(set(widths)) > 1)
+        return shared_format(rows, sites[0].columns, widths, 32, Scales.FLOAT_GROUP).stored_bits()
 
     room = int(found.tensor("budget", "bits")) - sum(int(found.tensor(n, "planned_bits")) for n, _ in two)
     best = min(

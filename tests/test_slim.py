@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from mixcomp import manager
 from mixcomp.config import Budget
 from mixcomp.errors import BudgetError, ConfigError, InvariantError
-from mixcomp.passes import CollectStatistics, rounding, slim
+from mixcomp.passes import CollectStatistics, slim
 from mixcomp.passes.assign_blocks import AssignBlocks
 from mixcomp.passes.gptq import DAMPING, feedback
 from mixcomp.passes.keep_samples import KeepSamples
 from mixcomp.passes.rounding import binarize, round_mix, round_range
-from mixcomp.passes.slim import RATIOS, block_salience, element_salience, fit_ranges, pairing, salient, split_widths
+from mixcomp.passes.slim import block_salience, element_salience, pairing, split_widths
 from mixcomp.program import Program
 from mixcomp.protocol import Context
 from mixcomp.verify import check
@@ -171,45 +171,6 @@ def test_one_bit_is_the_least_squares_reach(size: int, seed: int) -> None:
     ours = (x - binarize(x)).square().sum(-1)
     assert bool((ours <= (x - papers).square().sum(-1) + 1e-12).all())
     assert torch.equal(round_range(x, 1, size), binarize(x))
-
-
-def loss_at(weight: torch.Tensor, width: int, ratio: float, importance: torch.Tensor) -> torch.Tensor:
-    return ((weight - rounding.round_between(weight, width, ratio)).square() * importance).sum(-1)
-
-
-@given(st.sampled_from((2, 3, 4)), st.integers(0, 30))
-def test_calibration_finds_the_best_ratio_for_its_weights(width: int, seed: int) -> None:
-    """Oracle 22, for no weights, the diagonal of S, and lambda on salient elements."""
-    weight, _, sigma = problem(64, seed)
-    mask = salient(element_salience(weight, feedback(sigma.float(), "")))
-    for importance in (torch.ones(64).double(), sigma.diagonal(), 1 + 9 * mask.double()):
-        ratio, step, zero = fit_ranges(weight, width, importance)
-        every = torch.stack([loss_at(weight, width, r, importance) for r in RATIOS])
-        rounded = (((weight / step[:, None]).round() + zero[:, None]).clamp(0, 2**width - 1) - zero[:, None]) * step[
-            :, None
-        ]
-        own = ((weight - rounded).square() * importance).sum(-1)
-        torch.testing.assert_close(own, every.amin(0), rtol=1e-9, atol=0)
-        assert bool((own <= every[0]).all())
-        assert bool((zero == zero.round()).all())
-        assert set(ratio.tolist()) <= set(RATIOS)
-    assert len(set(RATIOS)) == 101
-
-
-def test_as_printed_the_mask_cancels() -> None:
-    """Oracle 23: lambda = 1 is no weighting at all; other lambdas are, so the mask does select something."""
-    weight, _, sigma = problem(64, 3, rows=40)
-    mask = salient(element_salience(weight, feedback(sigma.float(), "")))
-    assert 0 < int(mask.sum()) < mask.numel() / 4
-    plain = fit_ranges(weight, 2, torch.ones(64).double())
-    printed = fit_ranges(weight, 2, torch.where(mask, 1.0, 1.0).double())
-    assert all(torch.equal(a, b) for a, b in zip(plain, printed, strict=True))
-    for ratio in (1.0, 0.95):
-        parts = loss_at(weight, 2, ratio, mask.double()) + loss_at(weight, 2, ratio, (~mask).double())
-        torch.testing.assert_close(parts, loss_at(weight, 2, ratio, torch.ones(64).double()))
-    weighted = fit_ranges(weight, 2, 1 + 99 * mask.double())
-    assert not torch.equal(plain[0], weighted[0])
-    assert not salient(torch.ones(4, 4)).any()  # no outlier: nothing is salient, and nothing fails
 
 
 # the passes
