@@ -41,7 +41,7 @@ whole group: that would cost a 576-column row of 128-column groups a tenth), at 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -154,6 +154,8 @@ class SiteFormat:
     rank: int = 0
     group: int = GROUP
     scales: Scales = Scales.TWO_LEVEL
+    #: what the default format does not have, in words, or None; asked at every call, so it is found once
+    departure: str | None = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1:
@@ -173,10 +175,11 @@ class SiteFormat:
                 raise FormatError(f"profile {segment.profile} is no {self.columns} columns in groups of {self.group}")
             if segment.order == len(orders):
                 orders.append(segment.profile)
-            if segment.order > len(orders) or orders[segment.order] != segment.profile:
+            if segment.order >= len(orders) or orders[segment.order] != segment.profile:
                 raise FormatError(
                     f"order {segment.order} of profile {segment.profile}: orders count from 0 as they come"
                 )
+        object.__setattr__(self, "departure", self._departure())
 
     @property
     def groups(self) -> int:
@@ -195,9 +198,7 @@ class SiteFormat:
     def index_dtype(self) -> torch.dtype:
         return torch.int16 if self.rows <= 2**15 else torch.int32
 
-    @property
-    def departure(self) -> str | None:
-        """What the default format does not have, in words; None where the site is in the default format."""
+    def _departure(self) -> str | None:
         if self.scales is not Scales.TWO_LEVEL:
             return f"{self.scales.text} scales"
         if self.group != GROUP:
