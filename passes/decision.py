@@ -93,7 +93,8 @@ class Decisions:
             )
             for s in program.open_sites()
         }
-        return cls(made, *(float(of[f"budget/{what}"]) for what in ("loss", "price", "gap")), ceiling)
+        loss, price, gap = (float(of[f"budget/{what}"]) for what in ("loss", "price", "gap"))
+        return cls(made, loss, price, gap, ceiling)
 
 
 def bounds(
