@@ -277,6 +277,10 @@ class SiteFormat:
         """Bits of the codes of real weights only (no scales, no padding): what papers quote."""
         return sum(s.rows * width * columns for s in self.segments for width, columns in self.runs(s))
 
+    def bits(self, count: str) -> int:
+        """Bits as a budget counts them: ``"stored"`` or ``"payload"``."""
+        return self.payload_bits() if count == "payload" else self.stored_bits()
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; ``group`` and ``scales`` are given where they are not the default."""
         out: dict[str, Any] = {

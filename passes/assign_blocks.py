@@ -75,7 +75,7 @@ class AssignBlocks(Assignment):
 
     def _bits(self, site: Site, widths: torch.Tensor) -> int:
         fmt = shared_format(site.rows, site.columns, tuple(widths.tolist()), self.group, Scales(self.scale_kind))
-        return fmt.stored_bits() if self.budget.count == "stored" else fmt.payload_bits()
+        return fmt.bits(self.budget.count)
 
     def _widest_split(self, site: Site, middle: int) -> torch.Tensor:
         """The split that costs most: all have as many bits of codes, but 1-bit groups need offsets and wide ones zeros."""

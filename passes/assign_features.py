@@ -81,8 +81,7 @@ class AssignFeatures(Assignment):
     def _refuse_overspending(
         self, made: Mapping[str, Decision], sites: tuple[Site, ...], index: Mapping[str, bool], room: int
     ) -> None:
-        formats = [made[s.name].layout(s, index[s.name]) for s in sites]
-        spent = sum(f.stored_bits() if self.budget.count == "stored" else f.payload_bits() for f in formats)
+        spent = sum(made[s.name].layout(s, index[s.name]).bits(self.budget.count) for s in sites)
         if spent > room:
             raise BudgetError(
                 f"shares {self.shares} of widths {self.widths} take {spent} bits, the budget {self.budget} leaves "

@@ -98,7 +98,7 @@ class AssignMixes(Assignment):
         return Decisions(made, loss, best.price, gap)
 
     def _bits(self, site: Site, group: int, widths: tuple[int, ...]) -> int:
-        return _bits(site.rows, site.columns, widths, group, self.scale_kind, self.budget.count)
+        return shared_format(site.rows, site.columns, widths, group, Scales(self.scale_kind)).bits(self.budget.count)
 
     def _options(self, program: Program, site: Site, device: torch.device) -> list[_Choice]:
         """Falling in bits where errors rise is not assumed; sorted by bits, then by error."""
@@ -135,11 +135,6 @@ class AssignMixes(Assignment):
         return Decision(widths, rank, one.group, Scales(self.scale_kind))
 
 
-def _bits(rows: int, columns: int, widths: tuple[int, ...], group: int, scale_kind: int, count: str) -> int:
-    fmt = shared_format(rows, columns, widths, group, Scales(scale_kind))
-    return fmt.stored_bits() if count == "stored" else fmt.payload_bits()
-
-
 @lru_cache
 def _span(
     rows: int, columns: int, groups: tuple[int, ...], mixes: tuple[amlq.Mix, ...], scale_kind: int, count: str
@@ -147,7 +142,7 @@ def _span(
     """Fewest and most bits; heat moves widths about, and changes no bits but those of a short last group."""
     flat = torch.zeros(columns)
     bits = [
-        _bits(rows, columns, amlq.mix_widths(flat, group, mix), group, scale_kind, count)
+        shared_format(rows, columns, amlq.mix_widths(flat, group, mix), group, Scales(scale_kind)).bits(count)
         for group in groups
         for mix in mixes
     ]

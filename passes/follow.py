@@ -47,12 +47,9 @@ class FollowPlan(Pass):
         ceiling = budget.bits(bounds.weights)
         index = needs_index(program.sites, analyse(program))
         made = {name: _decision(site, self.plan.sites[name]) for name, site in sites.items()}
-        formats = [made[name].layout(site, index[name]) for name, site in sites.items()]
+        used = sum(made[name].layout(site, index[name]).bits(budget.count) for name, site in sites.items())
         if budget.count == "stored":
-            used = sum(fmt.stored_bits() for fmt in formats)
             used += sum(made[s.name].rank * branch_bits(s.rows, s.columns) for s in sites.values())
-        else:
-            used = sum(fmt.payload_bits() for fmt in formats)
         if bounds.fixed + used > ceiling:
             raise BudgetError(
                 f"the plan takes {bounds.fixed + used:,} bits, its budget of {budget} is {ceiling:,}; "

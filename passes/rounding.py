@@ -40,8 +40,9 @@ def round_between(x: torch.Tensor, width: int) -> torch.Tensor:
     # a range below what 1 / step can hold rounds to zero, as an all-zero group does
     step = ((high - low) / (2**width - 1)).clamp_min(torch.finfo(torch.float32).tiny)
     zero = (-low / step).round()
-    codes: torch.Tensor = ((x / step).round_() + zero).clamp_(0, 2**width - 1)
-    return (codes - zero) * step
+    codes = ((x / step).round_() + zero).clamp_(0, 2**width - 1)
+    rounded: torch.Tensor = (codes - zero) * step
+    return rounded
 
 
 def binarize(x: torch.Tensor) -> torch.Tensor:
