@@ -38,7 +38,7 @@ def tables(fmt: SiteFormat, device: torch.device) -> dict[int, torch.Tensor]:
 def mixed_linear(
     x2d: torch.Tensor,
     codes: torch.Tensor,
-    scales: torch.Tensor,
+    scales: torch.Tensor | None,
     factors: torch.Tensor,
     row_index: torch.Tensor | None,
     branch_a: torch.Tensor | None,

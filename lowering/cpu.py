@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mixcomp.format import GROUP
-from mixcomp.packed import levels, unpack_codes, unpack_scales
+from mixcomp.packed import levels, unpack_codes
 
 if TYPE_CHECKING:
     from mixcomp.packed import PackedWeight
@@ -136,7 +136,7 @@ def make_form(weight: PackedWeight) -> TableForm:
         codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
     header = torch.tensor([unit, offset], dtype=torch.float16 if nibbles else torch.float32).view(torch.uint8)
     table = torch.cat((codes, header.expand(len(codes), -1)), 1)
-    scale = unpack_scales(weight.scales, fmt.groups).float() * weight.factors.float()[:, None]
+    scale = weight.group_scales().float() * weight.factors.float()[:, None]
     scale = _in_order(scale, weight).t().contiguous()
     return TableForm(table, nibbles, scale, _branch(weight), _parts(weight), _versions(weight))
 

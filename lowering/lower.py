@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mixcomp.errors import InputError
-from mixcomp.format import SiteFormat
+from mixcomp.format import NAMES, SiteFormat
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.lowering.ops import MIXED_LINEAR
 from mixcomp.ops import LINEAR
@@ -21,7 +21,7 @@ from mixcomp.protocol import Context, Pass, Semantics
 
 #: where the graph module keeps packed tensors
 PREFIX = "_packed"
-_OPTIONAL = ("row_index", "branch_a", "branch_b", "branch_scale")
+_FIRST, _MORE = NAMES[:7], NAMES[7:]
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,9 @@ def _rewrite(node: fx.Node, operands: _Operands) -> None:
     """Change the call in place: its name, by which sites know it, and its meta stay."""
     x, weight, bias, _ = node.args
     tensors, fmt = operands.tensors, operands.fmt
-    segments = [n for s in fmt.segments for n in (s.rows, s.width)]
-    required = tensors["codes"], tensors["scales"], tensors["factors"]
+    more = (*map(tensors.get, _MORE), fmt.group, int(fmt.scales)) if fmt.departure else ()
     node.target = MIXED_LINEAR
-    node.args = (x, *required, *map(tensors.get, _OPTIONAL), operands.bias or bias, segments, fmt.columns)
+    node.args = (x, *map(tensors.get, _FIRST), operands.bias or bias, fmt.constants(), fmt.columns, *more)
     for source in (weight, bias):
         if isinstance(source, fx.Node) and not source.users:
             node.graph.erase_node(source)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixcomp.format import NAMES
 from mixcomp.lowering.ops import MIXED_LINEAR, may_skip_dispatcher, mixed_linear
 from mixcomp.packed import PackedWeight
 
 #: integers through which floating-point buffers of the format pass casts and moves unharmed
 _BITS = {2: torch.int16, 4: torch.int32}
-_NAMES = ("codes", "scales", "factors", "row_index", "branch_a", "branch_b", "branch_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ class MixedLinear(nn.Module):
         self.fmt = weight.fmt
         self.in_features, self.out_features = weight.fmt.columns, weight.fmt.rows
         self.dtype = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
-        self._segments = [n for s in weight.fmt.segments for n in (s.rows, s.width)]
+        self._segments = weight.fmt.constants()
         stored = weight.tensors()
-        for name in _NAMES:
+        for name in NAMES:
             self.register_buffer(name, stored.get(name))
         self.register_buffer("bias", None if bias is None else bias.detach())
 
@@ -74,6 +74,9 @@ class MixedLinear(nn.Module):
             self._segments,
             self.in_features,
         )
+        if self.fmt.departure:
+            extra = held["zeros"], held["offsets"], held["group_index"]
+            operands += (*extra, self.fmt.group, int(self.fmt.scales))
         call = mixed_linear if may_skip_dispatcher(x) else MIXED_LINEAR
         out: torch.Tensor = call(*operands)
         return out
@@ -93,9 +96,9 @@ class MixedLinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        widths: Counter[int] = Counter()
+        widths: Counter[str] = Counter()
         for segment in self.fmt.segments:
-            widths[segment.width] += segment.rows
+            widths[segment.label] += segment.rows
         rows = " ".join(f"{width}x{widths[width]}" for width in sorted(widths))
         bits = self.fmt.stored_bits() / self.fmt.weights
         order = "scatter, " if self.fmt.scatter else ""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mixcomp.errors import ConfigError, MixCompError
-from mixcomp.format import Segment, SiteFormat
+from mixcomp.format import GROUP, from_constants
 from mixcomp.lowering import cpu, reference
 from mixcomp.lowering.select import Path, choose_path
 from mixcomp.packed import PackedWeight
@@ -20,22 +20,26 @@ from mixcomp.packed import PackedWeight
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library = torch.library.Library("mixcomp", "FRAGMENT")
 _library.define(
-    "mixed_linear(Tensor x, Tensor codes, Tensor scales, Tensor factors, Tensor? row_index, Tensor? branch_a, "
-    "Tensor? branch_b, Tensor? branch_scale, Tensor? bias, int[] segments, int columns) -> Tensor",
+    "mixed_linear(Tensor x, Tensor codes, Tensor? scales, Tensor factors, Tensor? row_index, Tensor? branch_a, "
+    "Tensor? branch_b, Tensor? branch_scale, Tensor? bias, int[] segments, int columns, "
+    "Tensor? zeros=None, Tensor? offsets=None, Tensor? group_index=None, int group=32, int scale_kind=0) -> Tensor",
     tags=_TAGS,
 )
 _library.define("no_gradient(Tensor grad, SymInt[] shape) -> Tensor", tags=_TAGS)
 
 #: x[..., columns] -> [..., rows] of x's dtype; tensors as in ``mixcomp.format``, bias in output order,
-#: segments flattened to [rows, width, rows, width, ...]
+#: segments flattened to [rows, width, rows, width, ...], see ``SiteFormat.constants``; what comes after columns is
+#: given where a site is not in the default format
 MIXED_LINEAR = torch.ops.mixcomp.mixed_linear.default
+#: place of ``columns`` after ``factors``
+_COLUMNS = 6
 _NO_GRADIENT = torch.ops.mixcomp.no_gradient.default
 
 
 def mixed_linear(
     x: torch.Tensor,
     codes: torch.Tensor,
-    scales: torch.Tensor,
+    scales: torch.Tensor | None,
     factors: torch.Tensor,
     row_index: torch.Tensor | None,
     branch_a: torch.Tensor | None,
@@ -44,15 +48,21 @@ def mixed_linear(
     bias: torch.Tensor | None,
     segments: list[int],
     columns: int,
+    zeros: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    group: int = GROUP,
+    scale_kind: int = 0,
 ) -> torch.Tensor:
     """``MIXED_LINEAR`` without torch's dispatcher in between; for callers that ``may_skip_dispatcher``."""
     _check(x, codes, columns)
     rank = 0 if branch_a is None else branch_a.shape[1]
-    fmt = _format(tuple(segments), columns, row_index is not None, rank)
+    fmt = _format(tuple(segments), columns, row_index is not None, rank, group, scale_kind)
     flat = x.reshape(-1, columns)
     if not flat.shape[0]:
         return x.new_empty((*x.shape[:-1], fmt.rows))
-    weight = PackedWeight(fmt, codes, scales, factors, row_index, branch_a, branch_b, branch_scale)
+    more = zeros, offsets, group_index
+    weight = PackedWeight(fmt, codes, scales, factors, row_index, branch_a, branch_b, branch_scale, *more)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             out = _run(flat, weight, bias)
@@ -103,16 +113,13 @@ def _check(x: torch.Tensor, codes: torch.Tensor, columns: int) -> None:
         raise ConfigError(f"mixed_linear: x is on {x.device}, the weight on {codes.device}; move one of them")
 
 
-@lru_cache(maxsize=4096)
-def _format(segments: tuple[int, ...], columns: int, scatter: bool, rank: int) -> SiteFormat:
-    pairs = zip(segments[::2], segments[1::2], strict=True)
-    return SiteFormat(sum(segments[::2]), columns, tuple(Segment(rows, width) for rows, width in pairs), scatter, rank)
+_format = lru_cache(maxsize=4096)(from_constants)
 
 
 def _fake(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, factors: torch.Tensor, *rest: Any
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, factors: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
-    _check(x, codes, rest[-1])
+    _check(x, codes, rest[_COLUMNS])
     return x.new_empty((*x.shape[:-1], factors.shape[0]))
 
 

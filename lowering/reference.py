@@ -29,11 +29,8 @@ def mixed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | Non
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """The weight as ``dtype``[rows, columns], rows in output order.
-
-    Without a side branch it is exact in fp32: an integer of at most 12 bits times a factor of 11.
-    """
-    out = weight.integers().to(dtype) * weight.factors.to(dtype)[:, None]
+    """The weight as ``dtype``[rows, columns], rows in output order; codes alone are as exact as ``PackedWeight.base``."""
+    out = weight.base(dtype)
     if weight.branch_a is not None and weight.branch_b is not None and weight.branch_scale is not None:
         out += (weight.branch_a.to(dtype) * weight.branch_scale.to(dtype)) @ weight.branch_b.to(dtype)
     if weight.row_index is None:

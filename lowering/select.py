@@ -42,6 +42,8 @@ def _decide(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int) 
     # Whoever computes in fp64 wants the digits: every fast path sums in fp32.
     if dtype is torch.float64:
         return Path.REFERENCE, "fast paths sum in fp32, the activations are fp64"
+    if fmt.departure:
+        return Path.REFERENCE, f"no fast path reads {fmt.departure}"
     if device_type == "cuda":
         if not triton_installed():
             return Path.REFERENCE, "triton is not installed"

@@ -1,7 +1,8 @@
 """MixComp: a language model within a budget of stored bits, on mixed-precision kernels.
 
 ``mixcomp.compile(model, budget=4.4)`` gives a Hugging Face model back with its linears compiled; ``save`` and ``load``
-keep it.  Names are imported when first used, so that ``import mixcomp`` costs next to nothing.
+keep it; ``measure``, ``plan`` and ``apply`` are its three steps.  Names are imported when first used, so that
+``import mixcomp`` costs next to nothing.
 """
 
 from __future__ import annotations
@@ -12,22 +13,41 @@ from typing import TYPE_CHECKING, Any
 from mixcomp.hook import register_when_imported
 
 if TYPE_CHECKING:
-    from mixcomp.api import compile
+    from mixcomp.api import apply, compile, measure
     from mixcomp.artifact import load, save
     from mixcomp.config import Budget
     from mixcomp.errors import MixCompError
-    from mixcomp.plan import Plan
+    from mixcomp.measurement import Measurement
+    from mixcomp.planning import plan
+    from mixcomp.plans import Plan, overlap
 
 _HOME = {
     "compile": "mixcomp.api",
+    "measure": "mixcomp.api",
+    "plan": "mixcomp.planning",
+    "apply": "mixcomp.api",
+    "overlap": "mixcomp.plans",
     "save": "mixcomp.artifact",
     "load": "mixcomp.artifact",
     "Budget": "mixcomp.config",
-    "Plan": "mixcomp.plan",
+    "Measurement": "mixcomp.measurement",
+    "Plan": "mixcomp.plans",
     "MixCompError": "mixcomp.errors",
 }
 
-__all__ = ["Budget", "MixCompError", "Plan", "compile", "load", "save"]
+__all__ = [
+    "Budget",
+    "Measurement",
+    "MixCompError",
+    "Plan",
+    "apply",
+    "compile",
+    "load",
+    "measure",
+    "overlap",
+    "plan",
+    "save",
+]
 __version__ = "0.1.0"
 
 register_when_imported()  # AutoModelForCausalLM.from_pretrained reads our folders after ``import mixcomp``

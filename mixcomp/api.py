@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import copy as copying
-import resource
-import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mixcomp import manager
-from mixcomp.budget import limits
 from mixcomp.calibration import Calibration, resolve
 from mixcomp.capture import capture
-from mixcomp.config import UNCOMPRESSED, CompileConfig
-from mixcomp.errors import InputError
+from mixcomp.clock import Clock
+from mixcomp.config import CompileConfig, MeasureConfig
+from mixcomp.errors import ConfigError, InputError, MismatchError
+from mixcomp.fingerprint import Identity
 from mixcomp.lowering.lower import LowerLinears, write_back
+from mixcomp.measurement import Measurement
 from mixcomp.passes import (
-    AnnotateSalience,
-    AssignPrecision,
     CollectStatistics,
+    FollowPlan,
     InsertSideBranch,
     QuantizeWeights,
     ReorderFeatures,
     TuneBlocks,
     TuneModel,
 )
-from mixcomp.passes.coupling import analyse, needs_index
-from mixcomp.patterns import match
-from mixcomp.plan import Compiled, record
-from mixcomp.protocol import Context, Pass, Progress, silent
+from mixcomp.passes.coupling import Couplings, analyse
+from mixcomp.passes.decision import Decisions
+from mixcomp.passes.strategies import measuring_of, passes_of
+from mixcomp.planning import open_measurement, record
+from mixcomp.plans import Compiled, Plan, parse_widths
+from mixcomp.program import Fact, Program
+from mixcomp.protocol import Context, Pass, Progress
 
 if TYPE_CHECKING:
     from mixcomp.config import Budget
-    from mixcomp.program import Program
 
 #: tokens of the backward pass: output weights settle early, and on a CPU they cost most of the time
 GRADIENT_TOKENS = {"cpu": 8192, "cuda": 65536}
@@ -77,7 +79,8 @@ def compile(
         budget: hard ceiling on stored bits of the weights in scope: ``4.4``, ``"4.4bpw"``, ``"3.9GB"`` or a ``Budget``.
         calibration: strings, token tensors, batches, a text file, or None for the bundled text.
         tokenizer: for calibration text; without one, tokens are sampled from the model itself.
-        strategy: ``"joint"``, or ``"uniform"``, the baseline at the same stored bits.
+        strategy: ``"joint"``; ``"uniform"``, the baseline at the same stored bits; ``"mixllm"``, ``"slim"`` and ``"amlq"``
+            decide as the papers of those names do.
         effort: ``"fast"``: statistics and GPTQ; ``"balanced"``, the default on a GPU, also learns rounding and scales
             layer by layer; ``"best"`` then learns all scales together from the original's predictions.  Each stage is
             kept only if it helps on calibration windows that it did not see.
@@ -97,41 +100,209 @@ def compile(
         budget=budget, strategy=strategy, effort=effort, include=include, exclude=exclude, overrides=overrides,
         activations=activations, seed=seed, samples=samples, length=length, min_coverage=min_coverage,
     )  # fmt: skip
-    clock = _Clock(progress or silent)
-    with clock.stage("capture"):
-        target = _copy(model) if copy else model
-        program = _captured(target, config)
-    device = program.weight(program.open_sites()[0]).device
-    config = replace(config, effort=config.effort or DEFAULT_EFFORT[device.type])
-    fixed = _fixed(program, config)
-    _check_budget(program, config, fixed)
-    with clock.stage("calibration"):
-        text = resolve(
-            calibration, tokenizer=tokenizer, model=target, samples=config.samples, length=config.length,
-            seed=config.seed, device=device,
-        )  # fmt: skip
-    context = Context(device, text.batches, config.seed, clock.progress)
-    for step in _passes(config, fixed, device):
-        with clock.stage(step.name):
-            program = manager.run(program, (step,), context)
-    with clock.stage("write back"):
-        plan = record(program, config.to_json(), text.source)
-        write_back(program, target)
-    target.mixcomp = Compiled(plan, _report(device, text, clock))  # type: ignore[assignment]
-    return target
+    run = _Run.start(model, config, config.alone, copy, progress)
+    fixed = config.fixed(s.name for s in run.program.open_sites())
+    measuring, deciding = passes_of(config.strategy, config.budget, tuple(sorted(fixed.items())), run.gradient_tokens)
+    bounds = deciding.limits(run.program)
+    bounds.require(config.budget.bits(bounds.weights), str(config.budget))  # before any calibration
+    identity = run.identify()
+    text = run.calibrate(config, calibration, tokenizer)
+    program = run.passes(run.program, (run.statistics, *measuring, deciding))
+    plan = record(program.sites, run.couplings, Decisions.read(program), config, text.source, identity.fingerprint)
+    return run.finish(program, config, plan, {"source": text.source, "tokens": text.tokens})
 
 
-def _passes(config: CompileConfig, fixed: Mapping[str, int], device: torch.device) -> tuple[Pass, ...]:
-    return (
-        CollectStatistics(GRADIENT_TOKENS[device.type]),
-        AnnotateSalience(),
-        AssignPrecision(config.budget, config.strategy, tuple(sorted(fixed.items()))),  # type: ignore[arg-type]
-        ReorderFeatures(),
-        QuantizeWeights(),
-        InsertSideBranch(),
-        *TUNING[config.effort or "fast"],
-        LowerLinears(),
+def measure(
+    model: torch.nn.Module,
+    calibration: Any = None,
+    *,
+    tokenizer: Any = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    seed: int = 0,
+    samples: int | None = None,
+    length: int | None = None,
+    min_coverage: float = 0.9,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Find out all that planning and quantizing a model takes; the expensive part of ``compile``, once for any budget.
+
+    The model is left as it is.  Arguments as in ``compile``.  Keep the result with ``.save(folder)``.
+
+    Raises:
+        MixCompError: bad options, a model that cannot be captured, unusable calibration text.
+    """
+    options = MeasureConfig.from_kwargs(
+        include=include, exclude=exclude, seed=seed, samples=samples, length=length, min_coverage=min_coverage
     )
+    run = _Run.start(model, options, (), False, progress)
+    identity = run.identify()
+    text = run.calibrate(options, calibration, tokenizer)
+    program = run.passes(run.program, (run.statistics, *measuring_of("joint", run.gradient_tokens)))
+    return Measurement.of(program, run.couplings, identity, options, text.source)
+
+
+def apply(
+    model: torch.nn.Module,
+    plan: Plan | str | Path,
+    *,
+    measurement: Measurement | str | Path | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    copy: bool = False,
+    progress: Progress | None = None,
+) -> torch.nn.Module:
+    """Give the model back compiled as ``plan`` says; in place, all or nothing, as ``compile`` does.
+
+    Args:
+        model: the model that was measured.
+        plan: what ``plan`` returned, or its file.
+        measurement: where the second moments are; by default the measurement the plan was made from, as long as the
+            process lives.  Nothing is learned by gradients then, as a measurement holds no text.  Without one the model
+            runs on calibration text again, with the plan's options, and ``model.mixcomp.report["calibration"]`` says so.
+        calibration, tokenizer: for calibrating again, as in ``compile``.
+        copy, progress: as in ``compile``.
+
+    Raises:
+        MismatchError: plan or measurement were made from another model; the first differences are named.
+        BudgetError: an edited plan takes more bits than its budget.
+        MixCompError: anything else that ``compile`` refuses.
+    """
+    plan = _plan(plan)
+    config = CompileConfig.from_json(plan.options)
+    given = measurement if measurement is not None else plan.measurement
+    measured = None if given is None else open_measurement(given)
+    if measured is not None and calibration is not None:
+        raise ConfigError("calibration and a measurement are given, and the measurement holds its own; leave one out")
+    run = _Run.start(model, config, config.alone, copy, progress)
+    identity = run.identify()
+    if measured is not None:
+        identity.require(measured.identity)
+    if plan.model != identity.fingerprint:
+        raise MismatchError(
+            f"the plan is for the model {plan.model[:12]!r}, this one is {identity.fingerprint[:12]!r}: "
+            f"{_first_difference(plan, run.program)}; give the model it was made for, or plan this one"
+        )
+    followed: tuple[Pass, ...] = (FollowPlan(plan),)
+    if measured is None:
+        text = run.calibrate(config, calibration, tokenizer)
+        source = {"source": f"again, for quantization: {text.source}", "tokens": text.tokens}
+        followed = (run.statistics, *followed)
+    else:
+        with run.clock.stage("read moments"):
+            run.program = replace(
+                run.program.with_tensors(measured.statistics(run.program)),
+                facts=run.program.facts | {Fact.STATISTICS},
+            )
+        source = {"source": f"measured: {measured.calibration}", "tokens": 0}
+        run.context = Context(run.device, (), config.seed, run.clock.progress)
+    return run.finish(run.passes(run.program, followed), config, plan, source)
+
+
+def _plan(given: object) -> Plan:
+    if isinstance(given, (str, Path)):
+        return Plan.load(given)
+    if not isinstance(given, Plan):
+        raise InputError(f"plan is a {type(given).__name__}; give what mixcomp.plan returned, or its file")
+    return given
+
+
+def _first_difference(plan: Plan, program: Program) -> str:
+    """The first linear whose shape the plan contradicts, as far as a plan knows shapes."""
+    rows = {s.name: s.rows for s in program.sites}
+    for name in sorted({*plan.sites, *plan.left_alone} ^ rows.keys()):
+        return f"{name} is only in the {'model' if name in rows else 'plan'}"
+    for name, site in sorted(plan.sites.items()):
+        planned = sum(count for count, _ in parse_widths(site.get("widths", "")))
+        if planned != rows[name]:
+            return f"{name} has {rows[name]} rows, the plan {planned}"
+    return "their weights differ"
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the three verbs have in common: a captured model on its way."""
+
+    target: torch.nn.Module
+    program: Program
+    couplings: Couplings
+    device: torch.device
+    clock: Clock
+    context: Context = field(default_factory=Context)
+
+    @classmethod
+    def start(
+        cls,
+        model: torch.nn.Module,
+        config: MeasureConfig,
+        alone: tuple[str, ...],
+        copy: bool,
+        progress: Progress | None,
+    ) -> _Run:
+        """Capture ``model``, or a copy of it."""
+        clock = Clock(progress)
+        with clock.stage("capture"):
+            target = _copy(model) if copy else model
+            program = capture(
+                target, include=config.include, exclude=config.exclude + alone, min_coverage=config.min_coverage
+            )
+        device = program.weight(program.open_sites()[0]).device
+        return cls(target, program, analyse(program), device, clock)
+
+    def identify(self) -> Identity:
+        """Which model it is."""
+        with self.clock.stage("fingerprint"):
+            return Identity.of(self.program)
+
+    def calibrate(self, config: MeasureConfig, calibration: Any, tokenizer: Any) -> Calibration:
+        """Tokens for the passes that follow."""
+        with self.clock.stage("calibration"):
+            text = resolve(
+                calibration, tokenizer=tokenizer, model=self.target, samples=config.samples, length=config.length,
+                seed=config.seed, device=self.device,
+            )  # fmt: skip
+        self.context = Context(self.device, text.batches, config.seed, self.clock.progress)
+        return text
+
+    @property
+    def gradient_tokens(self) -> int:
+        """Tokens of a backward pass."""
+        return GRADIENT_TOKENS[self.device.type]
+
+    @property
+    def statistics(self) -> Pass:
+        """The pass that every strategy starts from."""
+        return CollectStatistics(self.gradient_tokens)
+
+    def passes(self, program: Program, steps: Iterable[Pass]) -> Program:
+        """Run passes one by one, each a stage of its own."""
+        for step in steps:
+            with self.clock.stage(step.name):
+                program = manager.run(program, (step,), self.context)
+        return program
+
+    def effort(self, config: CompileConfig) -> str:
+        """The effort asked for, or the default of the device; without calibration tokens nothing can be learned."""
+        if self.context.batches:
+            return config.effort or DEFAULT_EFFORT[self.device.type]
+        if config.effort not in (None, "fast"):
+            raise ConfigError(
+                f"the plan asks for effort {config.effort!r}, which learns from calibration text, and a measurement holds "
+                "none; leave the measurement out, so that the model is calibrated again"
+            )
+        return "fast"
+
+    def finish(
+        self, program: Program, config: CompileConfig, plan: Plan, calibration: dict[str, Any]
+    ) -> torch.nn.Module:
+        """Quantize a program whose widths are assigned, and swap the modules in."""
+        quantizing = (ReorderFeatures(), QuantizeWeights(), InsertSideBranch(), *TUNING[self.effort(config)])
+        program = self.passes(program, (*quantizing, LowerLinears()))
+        with self.clock.stage("write back"):
+            write_back(program, self.target)
+        report = self.clock.report(self.device, calibration)
+        self.target.mixcomp = Compiled(replace(plan, measurement=None), report)  # type: ignore[assignment]
+        return self.target
 
 
 def _copy(model: torch.nn.Module) -> torch.nn.Module:
@@ -139,67 +310,3 @@ def _copy(model: torch.nn.Module) -> torch.nn.Module:
         return copying.deepcopy(model)
     except Exception as error:
         raise InputError(f"copy=True, but the model cannot be copied: {error}; use copy=False") from error
-
-
-def _captured(model: torch.nn.Module, config: CompileConfig) -> Program:
-    alone = tuple(pattern for pattern, width in config.overrides if width == UNCOMPRESSED)
-    return capture(model, include=config.include, exclude=config.exclude + alone, min_coverage=config.min_coverage)
-
-
-def _fixed(program: Program, config: CompileConfig) -> dict[str, int]:
-    """Sites whose width the user set; later patterns win."""
-    names = [s.name for s in program.open_sites()]
-    fixed: dict[str, int] = {}
-    for pattern, width in config.overrides:
-        if width != UNCOMPRESSED:
-            fixed.update(dict.fromkeys(match("overrides", pattern, names), width))
-    return fixed
-
-
-def _check_budget(program: Program, config: CompileConfig, fixed: Mapping[str, int]) -> None:
-    """Refuse an impossible budget before any calibration."""
-    bounds = limits(program.sites, needs_index(program, analyse(program)), fixed, config.budget.count)
-    bounds.require(config.budget.bits(bounds.weights), str(config.budget))
-
-
-class _Clock:
-    """Seconds and peak memory of every stage."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self.stages = progress, list[dict[str, Any]]()
-        self._name, self._start = "", 0.0
-
-    def stage(self, name: str) -> _Clock:
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self._start = time.perf_counter()
-        self.progress(self._name, 0, 1)
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if kind is None:
-            self.progress(self._name, 1, 1)
-        seconds = round(time.perf_counter() - self._start, 3)
-        self.stages.append({"stage": self._name, "seconds": seconds, **peak_memory()})
-
-
-def peak_memory() -> dict[str, int]:
-    """Highest memory so far in bytes: of the process on the host, and of the allocator on the GPU (per stage)."""
-    out = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if torch.cuda.is_available():
-        out["gpu_bytes"] = torch.cuda.max_memory_allocated()
-    return out
-
-
-def _report(device: torch.device, text: Calibration, clock: _Clock) -> dict[str, Any]:
-    return {
-        "stages": clock.stages,
-        "seconds": round(sum(s["seconds"] for s in clock.stages), 3),
-        "calibration": {"source": text.source, "tokens": text.tokens},
-        "device": str(device),
-    }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixcomp import skeleton
-from mixcomp.errors import ArtifactError, FormatError, InputError, MixCompError
-from mixcomp.files import check_name, need_room, new_folder, read_whole, sha256, write_file
+from mixcomp.errors import ArtifactError, FormatError, InputError
+from mixcomp.files import check_name, need_room, new_folder, require_replaceable, write_file
 from mixcomp.format import VERSION
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.manifest import (
@@ -31,16 +30,15 @@ from mixcomp.manifest import (
     METHOD,
     PLAN,
     Manifest,
-    StoredFile,
     StoredSite,
-    read_json,
 )
 from mixcomp.packed import check_values
+from mixcomp.records import read_json
 from mixcomp.restore import check_folder, load
-from mixcomp.shards import SPELLING, StoredTensor, content, header, split, stored_order
+from mixcomp.shards import SPELLING, StoredFile, split, write_shard
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import nn
     from transformers import PreTrainedModel
@@ -85,7 +83,7 @@ def save(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None) -
         files = {name: StoredFile(*write_file(partial / name, [raw]), {}) for name, raw in texts.items()}
         for number, names in enumerate(split(sizes, SHARD_BYTES), start=1):
             shard = f"mixcomp-{number:05d}.safetensors"
-            files[shard] = _write_shard(partial / shard, {name: named[name] for name in names})
+            files[shard] = write_shard(partial / shard, {name: named[name] for name in names})
         where = {name: shard for shard, listed in files.items() for name in listed.tensors}
         index = _text({"metadata": {}, "weight_map": where})
         files[INDEX] = StoredFile(*write_file(partial / INDEX, [index]), {})
@@ -118,25 +116,7 @@ def _check_model(model: Any) -> None:
 
 def check_replaceable(target: Path) -> None:
     """``ArtifactError`` unless ``target`` is absent, empty, or holds nothing but what a manifest in it lists."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ArtifactError(f"{target}: is a file; give the name of a folder to save to")
-    found = {path.name for path in target.iterdir()}
-    ours: set[str] = set()
-    if MANIFEST in found:
-        try:
-            ours = {MANIFEST, *Manifest.from_bytes(read_whole(target, MANIFEST, MAX_MANIFEST)).files}
-        except MixCompError as error:
-            raise ArtifactError(
-                f"{target}: what is there cannot be read, so it is not replaced ({error}); "
-                "choose another folder or remove this one"
-            ) from error
-    if found - ours:
-        raise ArtifactError(
-            f"{target}: holds files that MixComp did not write: {sorted(found - ours)[:5]}; "
-            "choose another folder or remove them"
-        )
+    require_replaceable(target, MANIFEST, MAX_MANIFEST, lambda raw: Manifest.from_bytes(raw).files)
 
 
 def _config_text(model: PreTrainedModel) -> bytes:
@@ -162,7 +142,7 @@ def _plan_text(model: PreTrainedModel) -> dict[str, bytes]:
     if compiled is None:
         return {}
     try:
-        return {PLAN: _text(compiled.plan.to_json())}
+        return {PLAN: compiled.plan.to_bytes()}
     except (TypeError, ValueError) as error:
         raise InputError(f"model.mixcomp.plan cannot be written as JSON ({error}); compile the model again") from error
 
@@ -246,17 +226,3 @@ def _changed_buffers(
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> StoredFile:
-    listed = {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-    def chunks() -> Iterator[bytes | memoryview]:
-        yield header(listed)
-        for name in stored_order(listed):
-            raw = content(tensors[name])
-            listed[name] = replace(listed[name], sha256=sha256(raw))
-            yield raw
-
-    size, digest = write_file(path, chunks())
-    return StoredFile(size, digest, listed)

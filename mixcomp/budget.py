@@ -9,7 +9,7 @@ from mixcomp.errors import BudgetError
 from mixcomp.format import WIDTHS, Segment, SiteFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from mixcomp.program import Site
 
@@ -59,10 +59,23 @@ def original_bits(site: Site) -> int:
     return site.rows * site.columns * site.weight.dtype.itemsize * 8
 
 
-def limits(sites: Iterable[Site], index: Mapping[str, bool], fixed: Mapping[str, int], count: str) -> Limits:
+def row_span(site: Site, narrow: int, wide: int, index: bool, count: str = "stored") -> tuple[int, int]:
+    """Bits of a site with all rows at one width and with all at another, the latter with an index if it needs one."""
+    least, most = (row_bits(site.rows, site.columns, w, i, count) for w, i in ((narrow, False), (wide, index)))
+    return site.rows * least, site.rows * most
+
+
+def limits(
+    sites: Iterable[Site],
+    index: Mapping[str, bool],
+    fixed: Mapping[str, int],
+    count: str,
+    span: Callable[[Site], tuple[int, int]] | None = None,
+) -> Limits:
     """Limits of all sites in scope.  ``fixed`` pins sites to a width; ``index`` says which rows may need an index.
 
-    A site with one width needs no index, so neither floor nor ceiling holds any.
+    A site with one width needs no index, so neither floor nor ceiling holds any.  ``span`` gives the fewest and most
+    bits of a site that is not pinned; without it they are those of the narrowest and the widest row width.
     """
     weights = kept = low = high = 0
     for site in sites:
@@ -72,7 +85,10 @@ def limits(sites: Iterable[Site], index: Mapping[str, bool], fixed: Mapping[str,
         if not site.open:
             kept += original_bits(site)
             continue
-        narrow, wide = (fixed[site.name],) * 2 if site.name in fixed else (WIDTHS[0], WIDTHS[-1])
-        low += site.rows * row_bits(site.rows, site.columns, narrow, False, count)
-        high += site.rows * row_bits(site.rows, site.columns, wide, index.get(site.name, False), count)
+        if span is not None and site.name not in fixed:
+            least, most = span(site)
+        else:
+            narrow, wide = (fixed[site.name],) * 2 if site.name in fixed else (WIDTHS[0], WIDTHS[-1])
+            least, most = row_span(site, narrow, wide, index.get(site.name, False), count)
+        low, high = low + least, high + most
     return Limits(weights, kept, low + kept, high + kept)

@@ -1,4 +1,4 @@
-"""The command line: ``mixcomp compile | eval | inspect | demo``.
+"""The command line: ``mixcomp compile | measure | plan | apply | eval | inspect | demo``.
 
 Every verb takes ``--json``: then one JSON object is all that goes to standard output.  Progress goes to standard error.
 Heavy libraries are imported when a verb runs, so ``--help`` is immediate.
@@ -6,17 +6,13 @@ Heavy libraries are imported when a verb runs, so ``--help`` is immediate.
 
 from __future__ import annotations
 
-import contextlib
-import json as jsonlib
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixcomp.errors import ConfigError, InputError, MixCompError
+from mixcomp.errors import ConfigError, InputError
+from mixcomp.terminal import Answer, answer, print_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,43 +34,43 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 BudgetText = Annotated[str, typer.Option(help="Ceiling: bits per weight (4.4), or bytes (300MB, 3.9GB).")]
 
 
-#: width of tables where standard output is no terminal
-PIPED_COLUMNS = 160
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a verb found out: ``data`` for programs, ``show`` for people."""
-
-    data: dict[str, Any]
-    show: Callable[[Console], None]
+Out = Annotated[Path, typer.Option(help="Folder to write; a compiled model there is replaced.")]
+TextFile = Annotated[Path | None, typer.Option(help="Text file to calibrate on; bundled books by default.")]
+Strategy = Annotated[str, typer.Option(help="joint, uniform (the baseline at the same bytes), mixllm, slim or amlq.")]
+Include = Annotated[list[str] | None, typer.Option(help="Site name or re:PATTERN to add; repeat at will.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Site name or re:PATTERN to leave alone.")]
+Overrides = Annotated[list[str] | None, typer.Option(help="PATTERN=WIDTH; width 16 leaves alone.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows (48 on a CPU, 128 on a GPU).")]
+Length = Annotated[int | None, typer.Option(help="Tokens of a window (512 on a CPU, 2048 on a GPU).")]
+Coverage = Annotated[float, typer.Option(help="Least share of the decoder's weights to compile.")]
 
 
 @app.command("compile")
 def compile_verb(
     model: Model,
     budget: BudgetText,
-    out: Annotated[Path, typer.Option(help="Folder to write; a compiled model there is replaced.")],
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text file to calibrate on; bundled books by default.")
-    ] = None,
-    strategy: Annotated[str, typer.Option(help="joint, or uniform: the baseline at the same bytes.")] = "joint",
+    out: Out,
+    calibration: TextFile = None,
+    strategy: Strategy = "joint",
     effort: Annotated[
         str | None, typer.Option(help="fast (CPU), balanced (GPU): learn rounding too, or best: end to end.")
     ] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Site name or re:PATTERN to add; repeat at will.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Site name or re:PATTERN to leave alone.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option(help="PATTERN=WIDTH; width 16 leaves alone.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows (48 on a CPU, 128 on a GPU).")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window (512 on a CPU, 2048 on a GPU).")] = None,
-    min_coverage: Annotated[float, typer.Option(help="Least share of the decoder's weights to compile.")] = 0.9,
+    include: Include = None,
+    exclude: Exclude = None,
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    samples: Samples = None,
+    length: Length = None,
+    min_coverage: Coverage = 0.9,
     device: Device = None,
     json: AsJson = False,
 ) -> None:
     """Compile MODEL to a budget and save it in a folder."""
 
     def work(progress: Progress) -> Answer:
+        from mixcomp.config import CompileConfig
+
         options: dict[str, Any] = {
             "budget": _number_or_text(budget),
             "strategy": strategy,
@@ -87,27 +83,133 @@ def compile_verb(
             "length": length,
             "min_coverage": min_coverage,
         }
-        _check_early(options, calibration)
-        from mixcomp import api, artifact, report, sources
+        CompileConfig.from_kwargs(**options)  # refuses bad options before a model is loaded
+        from mixcomp import api, artifact, sources
 
+        _require_file(calibration)
         artifact.check_replaceable(out)
         original = sources.load_original(model, sources.pick_device(device))
         tokenizer = sources.load_tokenizer(model)
         options |= {"calibration": calibration, "tokenizer": tokenizer, "progress": progress}
-        compiled: Any = api.compile(original, **options)
+        return _saved(api.compile(original, **options), out, tokenizer, progress)
+
+    answer(work, json)
+
+
+@app.command("measure")
+def measure_verb(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write; a measurement there is replaced.")],
+    calibration: TextFile = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    seed: Seed = 0,
+    samples: Samples = None,
+    length: Length = None,
+    min_coverage: Coverage = 0.9,
+    device: Device = None,
+    json: AsJson = False,
+) -> None:
+    """Measure MODEL once, so that it can be planned for any budget, and save what was found in a folder."""
+
+    def work(progress: Progress) -> Answer:
+        from mixcomp.config import MeasureConfig
+
+        options: dict[str, Any] = {
+            "include": tuple(include or ()),
+            "exclude": tuple(exclude or ()),
+            "seed": seed,
+            "samples": samples,
+            "length": length,
+            "min_coverage": min_coverage,
+        }
+        MeasureConfig.from_kwargs(**options)
+        from mixcomp import api, measurement, sources
+
+        _require_file(calibration)
+        measurement.check_replaceable(out)
+        original = sources.load_original(model, sources.pick_device(device))
+        tokenizer = sources.load_tokenizer(model)
+        found = api.measure(original, calibration, tokenizer=tokenizer, progress=progress, **options)
         progress("save", 0, 1)
-        artifact.save(compiled, out, tokenizer=tokenizer)
+        found.save(out)
         progress("save", 1, 1)
-        facts = report.describe(compiled)
-        run = dict(compiled.mixcomp.report)
+        return Answer({"folder": str(out)} | found.summary(), lambda c: print_lines(c, found.lines(str(out))))
 
-        def show(console: Console) -> None:
-            facts.print(console, sites=False)
-            console.print(f"saved       {out}", markup=False, highlight=False, soft_wrap=True)
+    answer(work, json)
 
-        return Answer({"folder": str(out), "run": run} | facts.to_json(), show)
 
-    _answer(work, json)
+@app.command("plan")
+def plan_verb(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a measurement.")],
+    budget: Annotated[str | None, typer.Option(help="Ceiling: bits per weight (4.4), or bytes (300MB, 3.9GB).")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write the plan to.")] = None,
+    strategy: Annotated[str, typer.Option(help="joint, or uniform: the baseline at the same bytes.")] = "joint",
+    overrides: Overrides = None,
+    against: Annotated[Path | None, typer.Option(help="Another plan's file: adds the overlap of both.")] = None,
+    curve: Annotated[bool, typer.Option("--curve", help="Predicted loss over all budgets.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Plan a measured model for a budget: no model and no GPU is needed."""
+
+    def work(_progress: Progress) -> Answer:
+        if budget is None and not curve:
+            raise ConfigError("plan has nothing to do: give --budget, or --curve for the loss over all budgets")
+        if budget is None and (out or against):
+            raise ConfigError("--out and --against speak of a plan, and without --budget there is none; give --budget")
+        from mixcomp import planning, plans
+
+        measured = planning.open_measurement(folder)
+        data: dict[str, Any] = {}
+        lines: list[str] = []
+        if budget is not None:
+            changed = dict(map(_override, overrides or ()))
+            made = planning.plan(measured, _number_or_text(budget), strategy=strategy, overrides=changed)
+            data, lines = made.summary(), list(made.lines())
+            if against is not None:
+                data["overlap"] = plans.overlap(made, plans.Plan.load(against))
+                lines.append(f"overlap     {data['overlap']:.4f} of the favoured rows with {against}")
+            if out is not None:
+                made.save(out)
+                data["plan"] = str(out)
+                lines.append(f"saved       {out}")
+        if curve:
+            data["curve"] = [list(point) for point in measured.curve()]
+            lines += [f"{bits:9.4f} bits per weight   predicted loss {loss:.4e}" for bits, loss in data["curve"]]
+        return Answer(data, lambda console: print_lines(console, iter(lines)))
+
+    answer(work, json)
+
+
+@app.command("apply")
+def apply_verb(
+    model: Model,
+    plan: Annotated[Path, typer.Option(help="File of the plan to follow.")],
+    out: Out,
+    measurement: Annotated[
+        Path | None, typer.Option(help="Folder of the measurement; without it MODEL is calibrated again.")
+    ] = None,
+    calibration: TextFile = None,
+    device: Device = None,
+    json: AsJson = False,
+) -> None:
+    """Compile MODEL as a plan says and save it in a folder."""
+
+    def work(progress: Progress) -> Answer:
+        from mixcomp import api, artifact, planning, plans, sources
+
+        made = plans.Plan.load(plan)
+        measured = None if measurement is None else planning.open_measurement(measurement)
+        _require_file(calibration)
+        artifact.check_replaceable(out)
+        original = sources.load_original(model, sources.pick_device(device))
+        tokenizer = sources.load_tokenizer(model)
+        compiled = api.apply(
+            original, made, measurement=measured, calibration=calibration, tokenizer=tokenizer, progress=progress
+        )
+        return _saved(compiled, out, tokenizer, progress)
+
+    answer(work, json)
 
 
 @app.command("eval")
@@ -136,9 +238,9 @@ def eval_verb(
         scores = evaluate.evaluate(scored, windows, reference, progress=progress)
         name = str(text) if text is not None else "bundled evaluation text"
         data = {"model": model, "text": name, "against": against} | scores.to_json()
-        return Answer(data, lambda console: _print_lines(console, scores.lines()))
+        return Answer(data, lambda console: print_lines(console, scores.lines()))
 
-    _answer(work, json)
+    answer(work, json)
 
 
 @app.command("inspect")
@@ -151,7 +253,7 @@ def inspect_verb(folder: Folder, device: Device = "cpu", json: AsJson = False) -
         facts = report.describe(artifact.load(folder, device=device))
         return Answer(facts.to_json(), facts.print)
 
-    _answer(work, json)
+    answer(work, json)
 
 
 @app.command("demo")
@@ -170,69 +272,14 @@ def demo_verb(
         from mixcomp import demo, sources
 
         result = demo.run(model, _number_or_text(budget), out, sources.pick_device(device), progress)
-        return Answer(result.to_json(), lambda console: _print_lines(console, result.lines()))
+        return Answer(result.to_json(), lambda console: print_lines(console, result.lines()))
 
-    _answer(work, json)
+    answer(work, json)
 
 
 def main() -> None:
     """Entry point of the ``mixcomp`` script."""
     app()
-
-
-def _answer(work: Callable[[Progress], Answer], json: bool) -> None:
-    """Run a verb with progress on standard error and put its answer, or its error, where it belongs."""
-    with _errors(json):
-        with _quiet_output() as progress:
-            answer = work(progress)
-        if json:
-            typer.echo(jsonlib.dumps(answer.data))
-        else:
-            from rich.console import Console
-
-            answer.show(Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS))
-
-
-@contextlib.contextmanager
-def _quiet_output() -> Iterator[Progress]:
-    """Progress bars; whatever a library prints meanwhile goes to standard error."""
-    from mixcomp.progress import bars
-
-    with contextlib.redirect_stdout(sys.stderr), bars() as progress:
-        yield progress
-
-
-@contextlib.contextmanager
-def _errors(json: bool) -> Iterator[None]:
-    """One line and a non-zero exit code for what MixComp refuses; bugs keep their traceback."""
-    try:
-        yield
-    except MixCompError as error:
-        _fail(type(error).__name__, str(error), json)
-    except KeyboardInterrupt:
-        _fail("Interrupted", "interrupted; nothing was saved", json, code=130)
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            _fail("OutOfMemoryError", f"{_one_line(str(error))}; give fewer --samples, or --device cpu", json)
-        if json:
-            typer.echo(jsonlib.dumps({"error": {"type": type(error).__name__, "message": _one_line(str(error))}}))
-        raise
-
-
-def _fail(kind: str, message: str, json: bool, code: int = 1) -> None:
-    if json:
-        typer.echo(jsonlib.dumps({"error": {"type": kind, "message": message}}))
-    typer.echo(f"mixcomp: {_one_line(message)}", err=True)
-    raise typer.Exit(code)
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())
-
-
-def _print_lines(console: Console, lines: Iterator[str]) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _number_or_text(budget: str) -> float | str:
@@ -249,13 +296,26 @@ def _override(item: str) -> tuple[str, int]:
     return pattern, int(width)
 
 
-def _check_early(options: dict[str, Any], calibration: Path | None) -> None:
-    """Refuse bad options before a model is loaded."""
-    from mixcomp.config import CompileConfig
-
-    CompileConfig.from_kwargs(**options)
+def _require_file(calibration: Path | None) -> None:
     if calibration is not None and not calibration.is_file():
         raise InputError(f"calibration file {str(calibration)!r} does not exist; give a text file")
+
+
+def _saved(compiled: Any, out: Path, tokenizer: Any, progress: Progress) -> Answer:
+    """Save a compiled model and tell what it consists of."""
+    from mixcomp import artifact, report
+
+    progress("save", 0, 1)
+    artifact.save(compiled, out, tokenizer=tokenizer)
+    progress("save", 1, 1)
+    facts = report.describe(compiled)
+    run = dict(compiled.mixcomp.report)
+
+    def show(console: Console) -> None:
+        facts.print(console, sites=False)
+        console.print(f"saved       {out}", markup=False, highlight=False, soft_wrap=True)
+
+    return Answer({"folder": str(out), "run": run} | facts.to_json(), show)
 
 
 def _text(path: Path | None) -> str:

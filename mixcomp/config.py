@@ -9,18 +9,19 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fractions import Fraction
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 from mixcomp.errors import BudgetError, ConfigError
 from mixcomp.format import WIDTHS
+from mixcomp.patterns import match
 
 #: bits of a weight that is left as it came; the width to give in ``overrides`` to leave a site alone
 UNCOMPRESSED = 16
-STRATEGIES = ("joint", "uniform")
+STRATEGIES = ("joint", "uniform", "mixllm", "slim", "amlq")
 EFFORTS = ("fast", "balanced", "best")
 ACTIVATIONS = ("native",)
 #: known names of later releases: refused by name, so that nobody takes them for a typing error
-PLANNED = {"strategy": ("mixllm", "slim", "amlq"), "activations": ("int8",)}
+PLANNED = {"activations": ("int8",)}
 
 _UNITS = {"bpw": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _AMOUNT = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]+)\s*")
@@ -80,41 +81,29 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompileConfig:
-    """Every option of ``compile`` that is a plain value, checked.
+class MeasureConfig:
+    """The options that shape a measurement, checked.
 
     ``include`` and ``exclude`` are patterns of site names: ``"re:..."`` is a regular expression, anything else a name.
-    ``overrides`` are (pattern, width) pairs, later ones win; width 16 leaves a site alone.  ``effort`` None is
-    ``fast`` on a CPU and ``balanced`` on a GPU.  ``samples`` x ``length`` shapes calibration text into windows (None: by
-    device).  ``min_coverage`` is the least share of the decoder's weights that must be compiled.
+    ``samples`` x ``length`` shapes calibration text into windows (None: by device).  ``min_coverage`` is the least share
+    of the decoder's weights that must be compiled.
     """
 
-    budget: Budget
-    strategy: str = "joint"
-    effort: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    overrides: tuple[tuple[str, int], ...] = ()
     seed: int = 0
     samples: int | None = None
     length: int | None = None
     min_coverage: float = 0.9
-    activations: str = "native"
 
     def __post_init__(self) -> None:
         checked = {
-            "budget": Budget.parse(self.budget),
             "include": patterns("include", self.include),
             "exclude": patterns("exclude", self.exclude),
-            "overrides": _overrides(self.overrides),
             "min_coverage": _number("min_coverage", self.min_coverage, "give a share in 0..1"),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        one_of("strategy", self.strategy, STRATEGIES)
-        if self.effort is not None:
-            one_of("effort", self.effort, EFFORTS)
-        one_of("activations", self.activations, ACTIVATIONS)
         integer("seed", self.seed, 0, 2**63 - 1)
         if self.samples is not None:
             integer("samples", self.samples, 1, 2**31 - 1)
@@ -124,24 +113,69 @@ class CompileConfig:
             raise ConfigError(f"min_coverage {self.min_coverage!r} is not a share; give a number in 0..1")
 
     @classmethod
-    def from_kwargs(cls, **given: Any) -> CompileConfig:
+    def from_kwargs(cls, **given: Any) -> Self:
         """A config from keyword arguments; an unknown one is a ``ConfigError`` with the nearest name."""
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
                 raise ConfigError(f"unknown option {name!r}{nearest(name, known)}; options are {', '.join(known)}")
-        if "budget" not in given:
+        if "budget" in known and "budget" not in given:
             raise ConfigError(f"budget is missing; give {_FORMS}")
         return cls(**given)
 
     def to_json(self) -> dict[str, Any]:
         out = {f.name: getattr(self, f.name) for f in fields(self)}
-        return out | {
-            "budget": self.budget.to_json(),
-            "include": list(self.include),
-            "exclude": list(self.exclude),
-            "overrides": [list(pair) for pair in self.overrides],
-        }
+        return out | {"include": list(self.include), "exclude": list(self.exclude)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileConfig(MeasureConfig):
+    """Every option of ``compile`` that is a plain value, checked.
+
+    ``overrides`` are (pattern, width) pairs, later ones win; width 16 leaves a site alone.
+    """
+
+    budget: Budget
+    strategy: str = "joint"
+    effort: str | None = None
+    overrides: tuple[tuple[str, int], ...] = ()
+    activations: str = "native"
+
+    def __post_init__(self) -> None:
+        MeasureConfig.__post_init__(self)  # with slots the class is made twice, and super() would miss it
+        object.__setattr__(self, "budget", Budget.parse(self.budget))
+        object.__setattr__(self, "overrides", _overrides(self.overrides))
+        one_of("strategy", self.strategy, STRATEGIES)
+        if self.effort is not None:
+            one_of("effort", self.effort, EFFORTS)
+        one_of("activations", self.activations, ACTIVATIONS)
+
+    def to_json(self) -> dict[str, Any]:
+        shared = MeasureConfig.to_json(self)
+        return shared | {"budget": self.budget.to_json(), "overrides": [list(pair) for pair in self.overrides]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CompileConfig:
+        """Read what ``to_json`` wrote; anything else is a ``ConfigError``."""
+        budget = data.get("budget")
+        known = {f.name for f in fields(Budget)}
+        if not isinstance(budget, Mapping) or set(budget) != known:
+            raise ConfigError(f"budget {budget!r:.200} of a plan must be an object with the fields {sorted(known)}")
+        return cls.from_kwargs(**{**data, "budget": Budget(**budget)})
+
+    @property
+    def alone(self) -> tuple[str, ...]:
+        """Patterns of sites that overrides leave alone."""
+        return tuple(pattern for pattern, width in self.overrides if width == UNCOMPRESSED)
+
+    def fixed(self, names: Iterable[str]) -> dict[str, int]:
+        """Those of ``names`` whose width the user set; later patterns win."""
+        names = list(names)
+        found: dict[str, int] = {}
+        for pattern, width in self.overrides:
+            if width != UNCOMPRESSED:
+                found.update(dict.fromkeys(match("overrides", pattern, names), width))
+        return found
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from mixcomp.canonical import activation, owner
-from mixcomp.format import Segment, SiteFormat
+from mixcomp.format import GROUP, SiteFormat, from_constants
 from mixcomp.ops import LINEAR
 from mixcomp.program import META, Fact, Program, Site, WeightRef
 
@@ -99,11 +99,9 @@ def _site(node: fx.Node, linear: dict[str, Any], taken: set[str]) -> Site:
 
 
 def _format(linear: dict[str, Any]) -> SiteFormat:
-    flat = linear["segments"]
-    segments = tuple(Segment(rows, width) for rows, width in zip(flat[::2], flat[1::2], strict=True))
     rank = 0 if linear["branch_a"] is None else int(linear["branch_a"].meta["val"].shape[1])
-    rows = sum(s.rows for s in segments)
-    return SiteFormat(rows, linear["columns"], segments, linear["row_index"] is not None, rank)
+    scatter, form = linear["row_index"] is not None, (linear["group"] or GROUP, linear["scale_kind"] or 0)
+    return from_constants(linear["segments"], linear["columns"], scatter, rank, *form)
 
 
 def _stored(site: Site, linear: dict[str, Any], given: dict[fx.Node, Any]) -> dict[str, torch.Tensor]:

@@ -23,6 +23,10 @@ class InputError(MixCompError):
     """The thing given is not a model MixComp can work on (a class, a compiled model, meta weights ...)."""
 
 
+class MismatchError(InputError):
+    """A measurement or a plan was made from another model than the one given."""
+
+
 class CaptureError(MixCompError):
     """The model could not be traced to a graph, or too little of it could be understood."""
 

@@ -20,10 +20,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from mixcomp.errors import ArtifactError, StorageError
+from mixcomp.errors import ArtifactError, MixCompError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 #: names of files inside a saved folder: plain, portable, no leading dot
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
@@ -136,6 +136,29 @@ def need_room(target: Path, needed: int) -> None:
     if free < needed:
         raise StorageError(
             f"{target}: {needed} bytes are needed and {free} are free; make room or choose another folder"
+        )
+
+
+def require_replaceable(target: Path, manifest: str, limit: int, listed: Callable[[bytes], Iterable[str]]) -> None:
+    """``ArtifactError`` unless ``target`` is absent, empty, or holds nothing but what a manifest in it lists."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ArtifactError(f"{target}: is a file; give the name of a folder to save to")
+    found = {path.name for path in target.iterdir()}
+    ours: set[str] = set()
+    if manifest in found:
+        try:
+            ours = {manifest, *listed(read_whole(target, manifest, limit))}
+        except MixCompError as error:
+            raise ArtifactError(
+                f"{target}: what is there cannot be read, so it is not replaced ({error}); "
+                "choose another folder or remove this one"
+            ) from error
+    if found - ours:
+        raise ArtifactError(
+            f"{target}: holds files that MixComp did not write: {sorted(found - ours)[:5]}; "
+            "choose another folder or remove them"
         )
 
 

@@ -6,21 +6,18 @@ that damage shows), and every field is checked for what it means (so that a forg
 
 from __future__ import annotations
 
-import json
-import re
-import reprlib
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mixcomp.errors import ArtifactError, FormatError
-from mixcomp.files import check_name, sha256
+from mixcomp.files import check_name
 from mixcomp.format import VERSION, SiteFormat
 from mixcomp.packed import PackedWeight
-from mixcomp.shards import DTYPES, SPELLING, StoredTensor, file_size
+from mixcomp.records import Record, brief, signed
+from mixcomp.shards import DTYPES, SPELLING, StoredFile, StoredTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -33,32 +30,8 @@ INDEX = "mixcomp.safetensors.index.json"  #: for transformers, which looks for t
 METHOD = "mixcomp"  #: ``quant_method`` in config.json
 MAX_MANIFEST = 1 << 26  #: bytes
 
-_SHARD = ".safetensors"
+_RECORD = Record(MANIFEST, "save the model again")
 _ATTENTION = (None, "eager", "sdpa")
-_HEX = re.compile(r"[0-9a-f]{64}")
-_MAX_ITEMS = 1 << 22
-_MAX_DEPTH = 32
-_MAX_TENSOR_NAME = 1024
-_MAX_RANK = 8
-_MAX_ELEMENTS = 1 << 48
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """A file of the folder; ``tensors`` is empty for anything but safetensors files."""
-
-    size: int
-    sha256: str
-    tensors: Mapping[str, StoredTensor]
-
-    def to_json(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"size": self.size, "sha256": self.sha256}
-        if self.tensors:
-            out["tensors"] = {
-                name: {"dtype": SPELLING[t.dtype], "shape": list(t.shape), "sha256": t.sha256}
-                for name, t in self.tensors.items()
-            }
-        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,39 +106,34 @@ class Manifest:
             "files": {name: file.to_json() for name, file in self.files.items()},
             "bits": {"payload": self.payload_bits, "stored": self.stored_bits},
         }
-        return _spell(data | {"digest": sha256(_spell(data))})
+        return signed(data)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Manifest:
         """Read and check a manifest; ``ArtifactError`` or ``FormatError`` names the field that is wrong."""
-        data = read_json(raw, MANIFEST)
-        if not isinstance(data, dict):
-            raise _wrong("the whole", data, "an object")
+        data = _RECORD.read(raw)
         _check_version(data)
-        if _spell(data) != raw or data.get("digest") != sha256(
-            _spell({k: v for k, v in data.items() if k != "digest"})
-        ):
-            raise ArtifactError(f"{MANIFEST}: damaged, its digest does not match; copy or save the folder again")
-        _fields("the whole", data, _LAYOUT)
+        _RECORD.check_digest(raw, data)
+        _RECORD.fields("the whole", data, _LAYOUT)
         for name, version in data["versions"].items():
-            _text(f"versions.{name:.80}", version, 64)
+            _RECORD.text(f"versions.{name:.80}", version, 64)
         if data["attention"] not in _ATTENTION:
-            raise _wrong("attention", data["attention"], f"one of {_ATTENTION}")
+            raise _RECORD.wrong("attention", data["attention"], f"one of {_ATTENTION}")
         if not data["architecture"].isidentifier():
-            raise _wrong("architecture", data["architecture"], "the name of a model class")
+            raise _RECORD.wrong("architecture", data["architecture"], "the name of a model class")
         manifest = cls(
             data["versions"],
             data["architecture"],
             data["attention"],
-            {_name("sites", name): _site(name, site) for name, site in data["sites"].items()},
-            {_name("ties", alias): _name("ties", name) for alias, name in data["ties"].items()},
-            tuple(_name("buffers", name) for name in data["buffers"]),
-            {check_name(name): _file(name, file) for name, file in data["files"].items()},
+            {_RECORD.name("sites", name): _site(name, site) for name, site in data["sites"].items()},
+            {_RECORD.name("ties", alias): _RECORD.name("ties", name) for alias, name in data["ties"].items()},
+            tuple(_RECORD.name("buffers", name) for name in data["buffers"]),
+            {check_name(name): _RECORD.stored_file(name, file) for name, file in data["files"].items()},
         )
         _check_whole(manifest)
         bits = {"payload": manifest.payload_bits, "stored": manifest.stored_bits}
         if data["bits"] != bits:
-            raise _wrong("bits", data["bits"], f"{bits}, as the formats add up")
+            raise _RECORD.wrong("bits", data["bits"], f"{bits}, as the formats add up")
         return manifest
 
 
@@ -183,127 +151,21 @@ _LAYOUT: Mapping[str, type | tuple[type, ...]] = {
 }
 
 
-def read_json(raw: bytes, name: str) -> Any:
-    """Parse JSON that may be hostile; duplicate keys, NaN, too many entries or levels are an ``ArtifactError``."""
-    if raw.count(b":") + raw.count(b",") > _MAX_ITEMS:  # an upper bound of keys and elements, before any is built
-        raise ArtifactError(f"{name}: more than {_MAX_ITEMS} entries; save the model again")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in out:
-                raise ArtifactError(f"{name}: key {key!r:.200} occurs twice; save the model again")
-            out[key] = value
-        return out
-
-    def refuse(constant: str) -> Any:
-        raise ArtifactError(f"{name}: {constant} is not a JSON number; save the model again")
-
-    try:
-        data = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{name}: is not JSON ({error!s:.200}); copy or save the folder again") from error
-    _check_depth(data, name)
-    return data
-
-
-def _check_depth(data: Any, name: str) -> None:
-    level = [data]
-    for _ in range(_MAX_DEPTH):
-        level = [v for x in level if isinstance(x, dict | list) for v in (x.values() if isinstance(x, dict) else x)]
-        if not level:
-            return
-    raise ArtifactError(f"{name}: nested more than {_MAX_DEPTH} deep; save the model again")
-
-
-def _spell(data: Mapping[str, Any]) -> bytes:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _brief(value: object) -> str:
-    """``repr`` cut short while it is made: a hostile value may be millions of numbers."""
-    short = reprlib.Repr()
-    short.maxstring = 200
-    return short.repr(value)
-
-
-def _wrong(field: str, got: object, wanted: str) -> ArtifactError:
-    return ArtifactError(f"{MANIFEST}: field {field!r} is {_brief(got)}, it must be {wanted}; save the model again")
-
-
 def _check_version(data: Mapping[str, Any]) -> None:
     version = data.get("format_version")
     if type(version) is not int or version < 1:
-        raise _wrong("format_version", version, "a positive integer")
+        raise _RECORD.wrong("format_version", version, "a positive integer")
     if version != VERSION:
         versions = data.get("versions")
         writer = versions.get("mixcomp") if isinstance(versions, dict) else None
         raise ArtifactError(
             f"{MANIFEST}: format version {version}, this release reads version {VERSION}; "
-            f"read it with mixcomp {_brief(writer)} or later, which wrote it"
+            f"read it with mixcomp {brief(writer)} or later, which wrote it"
         )
-
-
-def _fields(where: str, data: object, layout: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
-    """``data`` as an object with exactly these fields of exactly these types."""
-    if not isinstance(data, dict):
-        raise _wrong(where, data, f"an object with the fields {sorted(layout)}")
-    missing, unknown = sorted(layout.keys() - data.keys()), sorted(data.keys() - layout.keys())
-    if missing or unknown:
-        raise ArtifactError(
-            f"{MANIFEST}: {where} has unknown fields {unknown[:5]} and lacks {missing[:5]}; "
-            "read it with the release that wrote it, or save the model again"
-        )
-    for name, kinds in layout.items():
-        if type(data[name]) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
-            raise _wrong(f"{where}: {name}", data[name], f"of type {kinds}")
-    return data
-
-
-def _text(field: str, value: object, limit: int) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= limit:
-        raise _wrong(field, value, f"a text of 1 to {limit} characters")
-    return value
-
-
-def _name(field: str, value: object) -> str:
-    return _text(field, value, _MAX_TENSOR_NAME)
-
-
-def _digest(field: str, value: str) -> str:
-    if not _HEX.fullmatch(value):
-        raise _wrong(field, value, "a sha256 of 64 hexadecimal digits")
-    return value
-
-
-def _file(name: str, data: object) -> StoredFile:
-    is_shard = name.endswith(_SHARD)
-    layout: dict[str, type] = {"size": int, "sha256": str} | ({"tensors": dict} if is_shard else {})
-    fields = _fields(f"files.{name}", data, layout)
-    digest = _digest(f"files.{name}.sha256", fields["sha256"])
-    tensors = {key: _tensor(key, tensor) for key, tensor in fields.get("tensors", {}).items()}
-    if is_shard and (not tensors or file_size(tensors) != fields["size"]):
-        raise _wrong(f"files.{name}.size", fields["size"], "the header and the tensors added up")
-    if fields["size"] < 0:
-        raise _wrong(f"files.{name}.size", fields["size"], "at least 0")
-    return StoredFile(fields["size"], digest, tensors)
-
-
-def _tensor(name: str, data: object) -> StoredTensor:
-    where = f"tensor {_name('tensors', name):.200}"
-    fields = _fields(where, data, {"dtype": str, "shape": list, "sha256": str})
-    shape = fields["shape"]
-    if fields["dtype"] not in DTYPES:
-        raise _wrong(f"{where}: dtype", fields["dtype"], f"one of {sorted(DTYPES)}")
-    if len(shape) > _MAX_RANK or any(type(n) is not int or n < 0 for n in shape):
-        raise _wrong(f"{where}: shape", shape, f"at most {_MAX_RANK} integers, none negative")
-    if prod(max(n, 1) for n in shape) > _MAX_ELEMENTS:
-        raise _wrong(f"{where}: shape", shape, f"of at most {_MAX_ELEMENTS} elements")
-    return StoredTensor(DTYPES[fields["dtype"]], tuple(shape), _digest(f"{where}: sha256", fields["sha256"]))
 
 
 def _site(name: str, data: object) -> StoredSite:
-    fields = _fields(f"sites.{name:.200}", data, {"format": dict, "dtype": str, "bias": (str, type(None))})
+    fields = _RECORD.fields(f"sites.{name:.200}", data, {"format": dict, "dtype": str, "bias": (str, type(None))})
     try:
         fmt = SiteFormat.from_json(fields["format"])
     except FormatError as error:
@@ -314,7 +176,7 @@ def _site(name: str, data: object) -> StoredSite:
 
 def _float(field: str, spelling: str) -> torch.dtype:
     if spelling not in DTYPES or not DTYPES[spelling].is_floating_point:
-        raise _wrong(field, spelling, "a floating-point dtype")
+        raise _RECORD.wrong(field, spelling, "a floating-point dtype")
     return DTYPES[spelling]
 
 
@@ -322,17 +184,17 @@ def _check_whole(manifest: Manifest) -> None:
     """What fields say about each other: names are unique, ties lead somewhere, sites have their tensors."""
     tensors = manifest.tensors
     if CONFIG not in manifest.files or MANIFEST in manifest.files:
-        raise _wrong("files", sorted(manifest.files)[:9], f"a list with {CONFIG} and without {MANIFEST}")
+        raise _RECORD.wrong("files", sorted(manifest.files)[:9], f"a list with {CONFIG} and without {MANIFEST}")
     if len({name.casefold() for name in manifest.files}) != len(manifest.files):
-        raise _wrong("files", sorted(manifest.files)[:9], "names that differ in more than case")
+        raise _RECORD.wrong("files", sorted(manifest.files)[:9], "names that differ in more than case")
     if len(tensors) != sum(len(file.tensors) for file in manifest.files.values()):
-        raise _wrong("files", _repeated(manifest.files.values()), "tensor names that occur in one file only")
+        raise _RECORD.wrong("files", _repeated(manifest.files.values()), "tensor names that occur in one file only")
     for alias, name in manifest.ties.items():
         if alias in tensors or name not in tensors:
-            raise _wrong(f"ties.{alias:.200}", name, "a stored tensor, under a name that is not stored itself")
+            raise _RECORD.wrong(f"ties.{alias:.200}", name, "a stored tensor, under a name that is not stored itself")
     for name in manifest.buffers:
         if name not in tensors:
-            raise _wrong("buffers", name, "names of stored tensors")
+            raise _RECORD.wrong("buffers", name, "names of stored tensors")
     for name in manifest.sites:
         _check_site(manifest, name, tensors)
     _check_owners(manifest, tensors)

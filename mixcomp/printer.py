@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mixcomp.format import Segment, runs
+from mixcomp.format import GROUP, Scales, Segment
+from mixcomp.profiles import layout, profiles
 from mixcomp.program import META, Program, Site
 
 #: bytes hashed at once; tensors are streamed, so a digest never needs room for a second copy
@@ -231,10 +232,15 @@ class Text:
 
     def widths(self, site: Site) -> Iterable[str]:
         if site.format is not None:
-            rank = f"rank {site.format.rank}"
-            return [*segments_text(site.format.segments), rank, *(["scatter"] if site.format.scatter else [])]
+            fmt, rank = site.format, f"rank {site.format.rank}"
+            form = form_text(fmt.group, fmt.scales)
+            return [*segments_text(fmt.segments), *form, rank, *(["scatter"] if fmt.scatter else [])]
         widths = self.program.find(site.name, "widths")
-        return [] if widths is None else segments_text(runs(sorted(widths.tolist())))
+        if widths is None:
+            return []
+        group, scales = self.program.stored_form(site)
+        ordered = widths[profiles(widths).argsort(stable=True)]
+        return [*segments_text(layout(ordered, site.columns, group)[0]), *form_text(group, scales)]
 
     def orders(self, site: Site) -> Iterable[str]:
         """Orders that the format does not show by itself."""
@@ -261,9 +267,15 @@ class Text:
 
 
 def segments_text(segments: Sequence[Segment]) -> list[str]:
-    """``["4x1920", "8x128"]`` (width x rows), cut after eight."""
-    shown = [f"{s.width}x{s.rows}" for s in segments[:SHOWN_SEGMENTS]]
+    """``["4x1920", "2+8x128"]`` (width or widths x rows), cut after eight."""
+    shown = [f"{s.label}x{s.rows}" for s in segments[:SHOWN_SEGMENTS]]
     return [*shown, *([f"+{len(segments) - SHOWN_SEGMENTS}"] if len(segments) > SHOWN_SEGMENTS else [])]
+
+
+def form_text(group: int, scales: Scales) -> list[str]:
+    """``["float-group", "groups of 64"]``; nothing for the default."""
+    kind = [] if scales is Scales.TWO_LEVEL else [scales.text]
+    return [*kind, *([f"groups of {group}"] if group != GROUP else [])]
 
 
 def target_text(target: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from mixcomp.errors import PassError
+from mixcomp.format import GROUP, Scales
 
 if TYPE_CHECKING:
     from mixcomp.format import SiteFormat
@@ -127,6 +128,15 @@ class Program:
 
     def find(self, owner: str, what: str) -> torch.Tensor | None:
         return self.tensors.get(f"{owner}/{what}")
+
+    def stored_form(self, site: Site) -> tuple[int, Scales]:
+        """Columns of a group and kind of scales: ``<site>/group`` and ``<site>/scale_kind``, where they are planned."""
+        group, kind = self.find(site.name, "group"), self.find(site.name, "scale_kind")
+        if kind is not None and int(kind) not in {*Scales}:
+            raise PassError(
+                f"site {site.name!r}: scale_kind {int(kind)} is none of {[f'{k:d} {k.text}' for k in Scales]}"
+            )
+        return GROUP if group is None else int(group), Scales.TWO_LEVEL if kind is None else Scales(int(kind))
 
     def weight(self, site: Site) -> torch.Tensor:
         """The original weight as (rows, columns); a view of the user's parameter, so read only."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
 from mixcomp.program import Fact, Program
+
+Item = TypeVar("Item")
 
 
 class Semantics(Enum):
@@ -44,6 +46,13 @@ class Context:
     batches: tuple[torch.Tensor, ...] = ()
     seed: int = 0
     progress: Progress = silent
+
+    def track(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
+        """Yield ``items``, reporting before each one how many are done, and at last that all are."""
+        for done, item in enumerate(items):
+            self.progress(what, done, len(items))
+            yield item
+        self.progress(what, len(items), len(items))
 
     def generator(self, pass_name: str, site: str = "") -> torch.Generator:
         """Own random stream of (seed, pass, site): the order of sites never matters."""

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixcomp.errors import InputError
-from mixcomp.format import WIDTHS
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from mixcomp.lowering.module import MixedLinear
-    from mixcomp.plan import Plan
+    from mixcomp.plans import Plan
 
 #: numbers of tokens for which the path is stated: one decode step, and a prompt
 TOKENS = (1, 512)
@@ -25,7 +24,8 @@ TOKENS = (1, 512)
 
 @dataclass(frozen=True, slots=True)
 class SiteRow:
-    """One compiled linear.  ``widths`` maps a width to its rows, ``paths`` a number of tokens to the path that runs.
+    """One compiled linear.  ``widths`` maps a width (``"4"``; ``"2+4"`` of rows that mix some) to its rows, ``paths`` a
+    number of tokens to the path that runs.
 
     ``reorder``: ``"none"`` (rows as they were), ``"scatter"`` (a row index is stored) or ``"absorbed"`` (consumers read
     the permuted features).
@@ -34,7 +34,7 @@ class SiteRow:
     name: str
     rows: int
     columns: int
-    widths: Mapping[int, int]
+    widths: Mapping[str, int]
     rank: int
     reorder: str
     payload_bits: int
@@ -50,7 +50,7 @@ class SiteRow:
         return {
             "name": self.name,
             "shape": [self.rows, self.columns],
-            "widths": {str(width): rows for width, rows in self.widths.items()},
+            "widths": dict(self.widths),
             "rank": self.rank,
             "reorder": self.reorder,
             "payload_bits": self.payload_bits,
@@ -101,17 +101,17 @@ class Report:
             "budget": self.budget,
             "predicted_loss": self.predicted_loss,
             "calibration": self.calibration,
-            "rows_by_width": {str(width): rows for width, rows in self.rows_by_width().items()},
+            "rows_by_width": self.rows_by_width(),
             "sites": [site.to_json() for site in self.sites],
             "left_alone": dict(self.left_alone),
         }
 
-    def rows_by_width(self) -> dict[int, int]:
+    def rows_by_width(self) -> dict[str, int]:
         """Rows of all sites at each width that occurs."""
-        total: Counter[int] = Counter()
+        total: Counter[str] = Counter()
         for site in self.sites:
             total.update(site.widths)
-        return {width: total[width] for width in WIDTHS if total[width]}
+        return _ascending(total)
 
     def print(self, console: Console, *, sites: bool = True) -> None:
         """Show it to a person, with a table of all sites if asked for."""
@@ -171,12 +171,15 @@ def describe(model: torch.nn.Module) -> Report:
     sites = tuple(_row(name, module, plan, dtype) for name, module in modules.items())
     checkpoint = checkpoint_bytes(model)
     packed = sum(site.stored_bits for site in sites) // 8
+    alone = plan.totals["payload_bits"] - sum(
+        site.payload_bits for site in sites
+    )  # weights in scope, at their own size
     return Report(
         sites=sites,
         left_alone=plan.left_alone,
         weights=plan.totals["weights"],
         payload_bits=plan.totals["payload_bits"],
-        stored_bits=plan.totals["stored_bits"],
+        stored_bits=sum(site.stored_bits for site in sites) + alone,
         checkpoint_bytes=checkpoint,
         original_bytes=checkpoint - packed + dtype.itemsize * sum(site.rows * site.columns for site in sites),
         budget=_budget(plan),
@@ -189,22 +192,27 @@ def _row(name: str, module: MixedLinear, plan: Plan, dtype: torch.dtype) -> Site
     from mixcomp.lowering.select import choose_path
 
     fmt = module.fmt
-    widths: Counter[int] = Counter()
+    widths: Counter[str] = Counter()
     for segment in fmt.segments:
-        widths[segment.width] += segment.rows
+        widths[segment.label] += segment.rows
     decided = plan.sites.get(name, {}).get("reorder")
     device = next(module.buffers()).device.type
     return SiteRow(
         name=name,
         rows=fmt.rows,
         columns=fmt.columns,
-        widths={width: widths[width] for width in sorted(widths)},
+        widths=_ascending(widths),
         rank=fmt.rank,
         reorder=decided if isinstance(decided, str) else "scatter" if fmt.scatter else "none",
         payload_bits=fmt.payload_bits(),
         stored_bits=fmt.stored_bits(),
         paths={tokens: choose_path(device, dtype, fmt, tokens).value for tokens in TOKENS},
     )
+
+
+def _ascending(widths: Mapping[str, int]) -> dict[str, int]:
+    """By the widest width, rows of one width before those that mix some."""
+    return dict(sorted(widths.items(), key=lambda item: [int(w) for w in reversed(item[0].split("+"))]))
 
 
 def _dtype(model: torch.nn.Module) -> torch.dtype:

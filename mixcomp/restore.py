@@ -13,15 +13,16 @@ import torch
 
 from mixcomp import skeleton
 from mixcomp.errors import ArtifactError, ConfigError, FormatError, MixCompError
-from mixcomp.files import check_digest, open_regular, read_whole, sha256
+from mixcomp.files import check_digest, read_whole, sha256
 from mixcomp.lowering.module import MixedLinear
-from mixcomp.manifest import CONFIG, GENERATION, MANIFEST, MAX_MANIFEST, PLAN, Manifest, read_json
+from mixcomp.manifest import CONFIG, GENERATION, MANIFEST, MAX_MANIFEST, PLAN, Manifest
 from mixcomp.packed import PackedWeight, check_values
-from mixcomp.plan import Compiled, Plan
-from mixcomp.shards import read
+from mixcomp.plans import Compiled, Plan
+from mixcomp.records import read_json
+from mixcomp.shards import read_files
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Mapping
 
     from transformers import PreTrainedModel
 
@@ -44,7 +45,7 @@ def check_folder(folder: str | Path) -> Manifest:
             check_digest(folder, name, listed.size, listed.sha256)
     values: dict[str, torch.Tensor] = {}
     checked = {s for site in manifest.sites for k, s in manifest.site_tensors(site).items() if k not in _UNCHECKED}
-    for key, tensor in _tensors(folder, manifest):
+    for key, tensor in read_files(folder, manifest.files):
         values[key] = tensor if key in checked else tensor.to("meta")
     for site in manifest.sites:
         _packed(manifest, site, values)
@@ -64,7 +65,7 @@ def load(folder: str | Path, *, device: str | torch.device | None = None) -> Pre
     config = read_json(texts[CONFIG], CONFIG)
     most = 4 * (len(manifest.tensors) + len(manifest.ties)) + 64
     model = skeleton.build(config, manifest.architecture, manifest.attention, most)
-    tensors = {key: tensor.to(place) for key, tensor in _tensors(folder, manifest)}
+    tensors = {key: tensor.to(place) for key, tensor in read_files(folder, manifest.files)}
     skeleton.exchange_modules(model, modules(manifest, tensors))
     skeleton.check_names(model, [*tensors, *manifest.ties], manifest.buffers)
     skeleton.assign(model, tensors, manifest.ties)
@@ -101,7 +102,9 @@ def modules(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> dict[str
 
 def finish(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
     """Give a model whose state is loaded what lies outside of it: the buffers listed for that, and the plan."""
-    buffers = {key: tensor for key, tensor in _tensors(folder, manifest, manifest.buffers) if key in manifest.buffers}
+    buffers = {
+        key: tensor for key, tensor in read_files(folder, manifest.files, manifest.buffers) if key in manifest.buffers
+    }
     skeleton.assign(model, {key: tensor.to(model.get_buffer(key).device) for key, tensor in buffers.items()}, {})
     _set_plan(model, _texts(folder, manifest))
 
@@ -129,16 +132,6 @@ def _set_plan(model: PreTrainedModel, texts: Mapping[str, bytes]) -> None:
     plan = _plan(texts)
     if plan is not None:
         model.mixcomp = Compiled(plan)  # type: ignore[assignment]
-
-
-def _tensors(
-    folder: Path, manifest: Manifest, some: Collection[str] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The verified tensors of all files, or of those that hold ``some``."""
-    for name, listed in manifest.files.items():
-        if listed.tensors and (some is None or not listed.tensors.keys().isdisjoint(some)):
-            with open_regular(folder, name) as file:
-                yield from read(file, name, listed.tensors, listed.size)
 
 
 def _packed(manifest: Manifest, site: str, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:

@@ -12,23 +12,25 @@ import json
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
 from mixcomp.errors import ArtifactError
-from mixcomp.files import check_size, fill
+from mixcomp.files import check_size, fill, open_regular, sha256, write_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from pathlib import Path
 
 #: element types as safetensors spells them
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
+    "U16": torch.uint16,
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
@@ -60,6 +62,24 @@ class StoredTensor:
     def like(self) -> torch.Tensor:
         """A tensor of this dtype and shape on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of the folder; ``tensors`` is empty for anything but safetensors files."""
+
+    size: int
+    sha256: str
+    tensors: Mapping[str, StoredTensor]
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"size": self.size, "sha256": self.sha256}
+        if self.tensors:
+            out["tensors"] = {
+                name: {"dtype": SPELLING[t.dtype], "shape": list(t.shape), "sha256": t.sha256}
+                for name, t in self.tensors.items()
+            }
+        return out
 
 
 def header(tensors: Mapping[str, StoredTensor]) -> bytes:
@@ -150,3 +170,28 @@ def split(sizes: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
         parts[-1].append(name)
         room -= size
     return parts
+
+
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> StoredFile:
+    """Write a new safetensors file to the disk itself; what a manifest has to say of it."""
+    listed = {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield header(listed)
+        for name in stored_order(listed):
+            raw = content(tensors[name])
+            listed[name] = replace(listed[name], sha256=sha256(raw))
+            yield raw
+
+    size, digest = write_file(path, chunks())
+    return StoredFile(size, digest, listed)
+
+
+def read_files(
+    folder: Path, files: Mapping[str, StoredFile], some: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The verified tensors of all listed files, or of those that hold any of ``some``."""
+    for name, listed in files.items():
+        if listed.tensors and (some is None or not listed.tensors.keys().isdisjoint(some)):
+            with open_regular(folder, name) as file:
+                yield from read(file, name, listed.tensors, listed.size)

@@ -11,9 +11,10 @@ from torch import fx
 
 from mixcomp.budget import original_bits
 from mixcomp.errors import FormatError
-from mixcomp.format import WIDTHS, SiteFormat, runs
+from mixcomp.format import ALL_WIDTHS, GROUP, GROUPS, NAMES, WIDTHS, SiteFormat
 from mixcomp.packed import PackedWeight, check_values, pack_codes, unpack_codes
 from mixcomp.printer import dtype_text
+from mixcomp.profiles import layout, payload_bits, profiles
 from mixcomp.program import Site
 from mixcomp.snapshot import Case, Findings, arguments, is_mixed
 
@@ -77,17 +78,22 @@ def salience(case: Case) -> Findings:
 
 
 def widths_allowed(case: Case) -> Findings:
-    """I11: widths u8[rows], each one a width of the format; none for sites that are left alone."""
+    """I11: widths u8[rows] or u8[rows, groups], each one a width of the format; none for sites that are left alone."""
     for site in case.program.sites:
         if not site.open:
             if case.program.find(site.name, "widths") is not None:
                 yield f"site {site.name}: is left alone and has widths", None
             continue
         widths = case.program.tensor(site.name, "widths")
-        yield from _typed(f"{site.name}/widths", widths, torch.uint8, (site.rows,))
-        strange = sorted(set(widths.tolist()) - set(WIDTHS))
+        group, _ = case.program.stored_form(site)
+        if group not in GROUPS:
+            yield f"site {site.name}: groups of {group} columns are not among {GROUPS}", None
+            continue
+        shape = (site.rows,) if widths.dim() == 1 else (site.rows, -(-site.columns // group))
+        yield from _typed(f"{site.name}/widths", widths, torch.uint8, shape)
+        strange = sorted(set(widths.flatten().tolist()) - set(ALL_WIDTHS))
         if strange:
-            yield f"site {site.name}: widths {strange} are not among {WIDTHS}", None
+            yield f"site {site.name}: widths {strange} are not among {ALL_WIDTHS}", None
 
 
 def within_budget(case: Case) -> Findings:
@@ -101,7 +107,8 @@ def within_budget(case: Case) -> Findings:
             continue
         promise = int(case.program.tensor(site.name, "planned_bits"))
         planned += promise
-        payload += site.columns * int(case.program.tensor(site.name, "widths").sum(dtype=torch.int64))
+        group, _ = case.program.stored_form(site)
+        payload += payload_bits(case.program.tensor(site.name, "widths"), site.columns, group)
         if site.format is None:
             continue
         bits = site.format.stored_bits()
@@ -141,13 +148,14 @@ def _segments_in_order(case: Case) -> Findings:
         order, widths = case.program.find(site.name, "row_order"), case.program.find(site.name, "widths")
         if order is None or widths is None or not len(order) == len(widths) == site.rows:
             continue
-        stored = widths[order.to(widths.device)]
+        kinds = profiles(widths)
+        stored = kinds[order.to(kinds.device)]
         owner = site.name
         if case.program.find(site.name, "absorbed") is not None:
             owner = speaker.setdefault(tuple(order.tolist()), site.name)
         elif bool(((order[1:] < order[:-1]).to(stored.device) & (stored[1:] == stored[:-1])).any()):
             yield f"site {site.name}: row_order changes the order of rows inside a segment", None
-        gained[owner] += len(runs(stored.tolist())) - len(runs(widths.tolist()))
+        gained[owner] += len(stored.unique_consecutive()) - len(kinds.unique_consecutive())
     for owner in (name for name, count in gained.items() if count > 0):
         yield f"site {owner}: its row_order makes {gained[owner]} segments more than there were", None
 
@@ -205,8 +213,15 @@ def formats_match(case: Case) -> Findings:
         order = case.program.find(site.name, "row_order")
         widths = case.program.tensor(site.name, "widths")
         stored = widths if order is None else widths[order.to(widths.device)]
-        if site.format.segments != runs(stored.tolist()):
+        group, scales = case.program.stored_form(site)
+        if (site.format.group, site.format.scales) != (group, scales):
+            yield f"site {site.name}: its format is not the planned one, {scales.text} in groups of {group}", None
+            continue
+        segments, index = layout(stored, site.columns, group)
+        if site.format.segments != segments:
             yield f"site {site.name}: its segments are not the runs of its widths in stored order", None
+        elif index is not None and not _equal(case.program.tensor(site.name, "group_index").long(), index):
+            yield f"site {site.name}: group_index does not lead to the groups of its widths", None
         if site.format.scatter and order is None:
             yield f"site {site.name}: has a row index and no row order", None
         yield from _stored_values(case, site, site.format)
@@ -249,16 +264,18 @@ def lowered_whole(case: Case) -> Findings:
             if not is_mixed(node):
                 continue
             given = arguments(node)
-            flat = [n for s in site.format.segments for n in (s.rows, s.width)]
-            if (list(given["segments"]), given["columns"]) != (flat, site.columns):
-                yield f"site {site.name}: {call} has segments {given['segments']}, the format {flat}", node
+            fmt = site.format
+            found = [*given["segments"], given["columns"], given.get("group", GROUP), int(given.get("scale_kind", 0))]
+            wanted = [*fmt.constants(), site.columns, fmt.group, int(fmt.scales)]
+            if found != wanted:
+                yield f"site {site.name}: {call} has segments {found}, the format {wanted}", node
             yield from ((f"site {site.name}: {call}: {why}", node) for why in _operands(case, site, site.format, given))
         yield from _round_trip(case, site, site.format)
 
 
 def _operands(case: Case, site: Site, fmt: SiteFormat, given: dict[str, object]) -> Iterator[str]:
     wanted = fmt.tensors()
-    for name in ("codes", "scales", "factors", "row_index", "branch_a", "branch_b", "branch_scale"):
+    for name in NAMES:
         source = given.get(name)
         tensor = case.parameter_of(source)
         if name not in wanted:
@@ -278,8 +295,9 @@ def _round_trip(case: Case, site: Site, fmt: SiteFormat) -> Findings:
     stored = case.program.find(site.name, "codes")
     if case.level < 2 or stored is None:
         return
-    codes = unpack_codes(stored, fmt)
-    if not torch.equal(pack_codes(codes, fmt), stored):
+    index = case.program.find(site.name, "group_index")
+    codes = unpack_codes(stored, fmt, index)
+    if not torch.equal(pack_codes(codes, fmt, index), stored):
         yield f"site {site.name}: unpacking and packing again changes the codes", None
     if bool(codes[:, site.columns :].any()):
         yield f"site {site.name}: codes of the padding are not zero", None

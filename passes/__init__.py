@@ -5,6 +5,7 @@
     collect-statistics  what calibration text says about inputs and outputs      S = E[x x^T], gamma = E[(dL/dy)^2]
     annotate-salience   what each row would cost at each width                   six GPTQ runs
     assign-precision    which width each row gets                                one budget, one price
+    (follow-plan        takes the widths from a plan instead)
     reorder-features    rows sorted into segments                                absorbed by the consumer, or scattered
     quantize-weights    codes and scales                                         GPTQ at the assigned widths
     insert-side-branch  low-rank pairs where a direction pays for its bits       closed form
@@ -12,9 +13,13 @@
     tune-model          scales learned from the original's predictions           effort best
     (lowering)          lower-linears: canonical linears become mixed_linear
 
-No pass imports another pass; ``gptq``, ``allocate``, ``coupling``, ``directions`` and ``stacks`` are mathematics they share.
+``strategies`` lists what other strategies put in place of the second and third.
+
+No pass imports another pass; ``gptq``, ``allocate``, ``planner``, ``coupling``, ``orders``, ``directions``, ``stacks`` and
+others are mathematics they share.
 """
 
+from mixcomp.passes.follow import FollowPlan
 from mixcomp.passes.precision import AssignPrecision
 from mixcomp.passes.quantize import QuantizeWeights
 from mixcomp.passes.reorder import ReorderFeatures
@@ -38,6 +43,7 @@ __all__ = [
     "AnnotateSalience",
     "AssignPrecision",
     "CollectStatistics",
+    "FollowPlan",
     "InsertSideBranch",
     "QuantizeWeights",
     "ReorderFeatures",

@@ -14,7 +14,7 @@ order", and a connected component is one permutation::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import gcd
 from types import MappingProxyType
@@ -24,7 +24,7 @@ import torch
 
 from mixcomp.format import WIDTHS
 from mixcomp.passes.flows import Axis, Features
-from mixcomp.program import Program
+from mixcomp.program import Program, Site
 
 #: rows that the mean segment of an absorbed order keeps whatever the widths; shorter ones leave tiles half empty
 MIN_SEGMENT_ROWS = 16
@@ -138,8 +138,8 @@ def taken(couplings: Couplings, min_segment_rows: int = MIN_SEGMENT_ROWS, shards
 
 
 def needs_index(
-    program: Program, couplings: Couplings, min_segment_rows: int = MIN_SEGMENT_ROWS, shards: int = 1
+    sites: Iterable[Site], couplings: Couplings, min_segment_rows: int = MIN_SEGMENT_ROWS, shards: int = 1
 ) -> dict[str, bool]:
     """Open site -> whether it stores a row index should its widths need sorting; same options as ``taken``."""
     free = {name for a in taken(couplings, min_segment_rows, shards) for name in a.producers}
-    return {site.name: site.rows > 1 and site.name not in free for site in program.open_sites()}
+    return {site.name: site.rows > 1 and site.name not in free for site in sites if site.open}

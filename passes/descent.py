@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from mixcomp.passes.tunable import Tunable
+from mixcomp.passes.tunable import Quantized
 
 WARM_UP = 10
 BETAS = (0.9, 0.95)
@@ -20,7 +20,7 @@ class Descent:
     ``rates`` maps the names of ``Tunable.learned`` to the rate of the first full step.
     """
 
-    def __init__(self, tuned: Iterable[Tunable], rates: Mapping[str, float], steps: int) -> None:
+    def __init__(self, tuned: Iterable[Quantized], rates: Mapping[str, float], steps: int) -> None:
         found = [(tensor, rates[name]) for one in tuned for name, tensor in one.learned().items()]
         self._tensors = [tensor for tensor, _ in found]
         same = {rate: [t for t, own in found if own == rate] for rate in sorted({rate for _, rate in found})}
@@ -38,7 +38,7 @@ class Descent:
         with torch.enable_grad():
             value = loss()
             if value.requires_grad:
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         self._done += 1

@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div
 
 from mixcomp.errors import CalibrationError
 from mixcomp.passes.stages import Stage, Stages, Values, split
-from mixcomp.passes.tunable import Tunable
+from mixcomp.passes.tunable import Quantized, Settled, Tunable
 from mixcomp.program import Program
 from mixcomp.protocol import Context
 
@@ -80,7 +80,7 @@ class Teacher:
         return kl_div(found, wanted, reduction="sum", log_target=True) / (found.numel() // found.shape[-1])
 
     @torch.no_grad()
-    def distance(self, tuned: Mapping[str, Tunable], tokens: torch.Tensor, ends: Sequence[Values]) -> float:
+    def distance(self, tuned: Mapping[str, Quantized], tokens: torch.Tensor, ends: Sequence[Values]) -> float:
         """Mean divergence over windows."""
         weights = {name: one.weight() for name, one in tuned.items()}
         total = 0.0
@@ -91,7 +91,12 @@ class Teacher:
 
 def tunables(
     program: Program, device: torch.device, part: Stage | None = None, *, rounding: bool
-) -> dict[str, Tunable]:
+) -> dict[str, Quantized]:
     """The quantized sites of one part, or of all."""
-    names = [s.name for s in program.open_sites()] if part is None else part.sites
-    return {name: Tunable.of(program, program.site(name), device, rounding=rounding) for name in names}
+    sites = program.open_sites() if part is None else tuple(program.site(name) for name in part.sites)
+    return {
+        site.name: Tunable.of(program, site, device, rounding=rounding)
+        if site.layout.departure is None
+        else Settled.of(program, site, device)
+        for site in sites
+    }

@@ -15,7 +15,7 @@ import torch
 
 from mixcomp.errors import WeightError
 from mixcomp.format import GROUP
-from mixcomp.quant import Grid, round_column
+from mixcomp.quant import Rounding, round_column
 
 #: columns whose updates are collected before the rest of the matrix is touched (a GEMM instead of rank-1 updates)
 BLOCK = 64
@@ -77,7 +77,7 @@ class Task:
     """One matrix to round: weight fp32[rows, columns], the stored scales of its rows, and what is known of its inputs."""
 
     weight: torch.Tensor
-    grid: Grid
+    grid: Rounding
     known: Feedback
 
 
@@ -91,18 +91,16 @@ def gptq(tasks: Sequence[Task]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
     left = torch.stack([t.weight.T[t.known.order] for t in tasks])  # [tasks, columns, rows]
     factor = torch.stack([t.known.factor for t in tasks])
-    steps = torch.stack([t.grid.steps()[:, t.known.order[::GROUP] // GROUP].T for t in tasks])  # [tasks, groups, rows]
-    offset = torch.stack([t.grid.offsets() for t in tasks])
-    top = torch.stack([t.grid.top() for t in tasks])
-    columns, zero = left.shape[1], torch.zeros_like(top)
+    steps, offsets, tops = (torch.stack(part) for part in zip(*map(_numbers, tasks), strict=True))
+    columns, zero = left.shape[1], torch.zeros_like(left[:, 0])
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
-    loss = torch.zeros_like(top)
+    loss = torch.zeros_like(zero)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         block, errors = left[:, start:stop], torch.empty_like(left[:, start:stop])
         inside = factor[:, start:stop, start:stop]
         for j in range(stop - start):
-            step = steps[:, (start + j) // GROUP]
+            step, offset, top = (t[:, (start + j) // GROUP] for t in (steps, offsets, tops))
             code = round_column(block[:, j], step, offset, zero, top)
             torch.sub(block[:, j], (code - offset).mul_(step), out=errors[:, j]).div_(inside[:, j, j, None])
             block[:, j] = code
@@ -111,6 +109,12 @@ def gptq(tasks: Sequence[Task]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         loss += errors.square().sum(1)
         left[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
     return [(_restore(own, t.known.order), lost) for own, lost, t in zip(codes, loss, tasks, strict=True)]
+
+
+def _numbers(task: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Steps, offsets and largest codes, each fp32[blocks of 32 columns in rounding order, rows]."""
+    blocks, grid = task.known.order[::GROUP] // GROUP, task.grid
+    return grid.steps()[:, blocks].T, grid.offsets()[:, blocks].T, grid.top()[:, blocks].T
 
 
 def _restore(codes: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from mixcomp.format import SiteFormat, runs
-from mixcomp.packed import pack_codes, pack_scales
+from mixcomp.float_grid import FloatGrid, fit_float
+from mixcomp.format import Scales, SiteFormat
+from mixcomp.packed import pack_codes, pack_scales, pack_zeros
 from mixcomp.passes.gptq import Task, feedback, gptq
-from mixcomp.passes.stacks import Stack, batches, inputs, stack
+from mixcomp.passes.stacks import Stack, batches, stack
+from mixcomp.profiles import layout
 from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass, Semantics
 from mixcomp.quant import Grid, concatenate, fit_mixed
@@ -23,7 +25,8 @@ class QuantizeWeights(Pass):
     Columns stand in the order an absorbed permutation gave them, so groups form in that order; rows are independent, so
     they are quantized in their original order and permuted when they are packed.
 
-    Before: widths and orders.  After, per open site::
+    Before: widths and orders, and per site, where they are not the default, ``group`` and ``scale_kind`` (see
+    ``Program.stored_form``).  Widths are uint8[rows], or uint8[rows, groups] where rows mix them.  After, per open site::
 
         layers.0.q_proj   format 4x560 5x16 scatter
         layers.0.q_proj/{codes, scales, factors, row_index}   the stored tensors
@@ -37,10 +40,7 @@ class QuantizeWeights(Pass):
     def run(self, program: Program, context: Context) -> Program:
         tensors: dict[str, torch.Tensor] = {}
         sites: dict[str, Site] = {}
-        done, total = 0, len(inputs(program))
-        for batch in batches(program, context.device, 1):
-            context.progress("quantize", done, total)
-            done += len(batch)
+        for batch in context.track("quantize", batches(program, context.device, 1)):
             stacks = [stack(program, *one, context.device) for one in batch]
             grids = [[_fit(program, site, w, rows) for site, w in rows.split(rows.weight)] for rows in stacks]
             rounded = gptq(
@@ -56,23 +56,37 @@ class QuantizeWeights(Pass):
         return program.with_sites(sites).with_tensors(tensors)
 
 
-def _fit(program: Program, site: Site, weight: torch.Tensor, rows: Stack) -> Grid:
+def _fit(program: Program, site: Site, weight: torch.Tensor, rows: Stack) -> Grid | FloatGrid:
     widths = program.tensor(site.name, "widths").to(weight.device)
-    return fit_mixed(weight, rows.sigma.diagonal(), widths, site.name)
+    group, scales = program.stored_form(site)
+    fit = fit_mixed if scales is Scales.TWO_LEVEL else fit_float
+    return fit(weight, rows.sigma.diagonal(), widths, site.name, group)
 
 
-def _pack(program: Program, site: Site, codes: torch.Tensor, grid: Grid) -> tuple[Site, dict[str, torch.Tensor]]:
+def _pack(
+    program: Program, site: Site, codes: torch.Tensor, grid: Grid | FloatGrid
+) -> tuple[Site, dict[str, torch.Tensor]]:
     """Rows into stored order, codes into bit planes."""
     order = program.find(site.name, "row_order")
     absorbed = order is not None and program.find(site.name, "absorbed") is not None
-    widths, factors, scales = grid.widths, grid.factors, grid.scales
     if order is not None:
         order = order.to(codes.device)
-        codes, widths, factors, scales = codes[order], widths[order], factors[order], scales[order]
+        codes, grid = codes[order], grid.rows(order)
     scatter = order is not None and not absorbed
-    fmt = SiteFormat(site.rows, site.columns, runs(widths.tolist()), scatter)
+    group, scales = program.stored_form(site)
+    segments, index = layout(grid.widths, site.columns, group)
+    fmt = SiteFormat(site.rows, site.columns, segments, scatter, group=group, scales=scales)
+    stored: dict[str, torch.Tensor] = {}
+    if index is not None:
+        index = index.to(codes.device)
+        stored["group_index"] = index.to(fmt.tensors()["group_index"][0])
     padded = torch.nn.functional.pad(codes, (0, fmt.padded_columns - site.columns))
-    stored = {"codes": pack_codes(padded, fmt), "scales": pack_scales(scales), "factors": factors}
+    stored |= {"codes": pack_codes(padded, fmt, index), "factors": grid.factors}
+    if isinstance(grid, Grid):
+        stored["scales"] = pack_scales(grid.scales)
+    else:
+        held = {"zeros": pack_zeros(grid.zeros, fmt), "offsets": grid.shifts[grid.widths == 1]}
+        stored |= {name: tensor for name, tensor in held.items() if tensor.numel()}
     if order is not None and scatter:
         stored["row_index"] = order.to(fmt.index_dtype)
-    return replace(site, format=fmt), stored
+    return replace(site, format=fmt), {name: stored[name] for name in fmt.tensors()}

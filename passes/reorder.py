@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from mixcomp.errors import ConfigError
-from mixcomp.format import WIDTHS
-from mixcomp.passes.coupling import MIN_SEGMENT_ROWS, analyse, sort_block, taken
+from mixcomp.passes.coupling import MIN_SEGMENT_ROWS, analyse
+from mixcomp.passes.orders import find_orders
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass
 
@@ -30,10 +29,10 @@ class ReorderFeatures(Pass):
         down  columns 0 1 2 3      column_order 2 0 3 1                  and are read in it
         q     8 4 4 8              row_order 1 2 0 3   stored 4 4 8 8    scattered: row_index leads back
 
-    Rows of one width keep their order.  A site whose rows already lie in as few segments stays as it is.  Of two
-    producers that share an order the first is sorted, the second inside the runs of the first.  Neighbouring runs (and
-    neighbouring blocks, where an order may not leave a head) are sorted in opposite directions, so that their ends meet
-    at the same width.
+    Rows of one width (where rows mix widths: of the same ones) keep their order.  A site whose rows already lie in as
+    few segments stays as it is.  Of two producers that share an order the first is sorted, the second inside the runs of
+    the first.  Neighbouring runs (and neighbouring blocks, where an order may not leave a head) are sorted in opposite
+    directions, so that their ends meet at the same width.
 
     Writes "<site>/row_order" int64[rows] and "<consumer>/column_order" int64[columns] where they are not the identity,
     and "<site>/absorbed" bool[] (true) at producers whose consumers take over the order.
@@ -59,48 +58,12 @@ class ReorderFeatures(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         tensors: dict[str, torch.Tensor] = {}
-        absorbed: set[str] = set()
-        for absorption in taken(analyse(program), self.min_segment_rows, self.shards):
-            absorbed.update(absorption.producers)
-            order = self._order(program, absorption.producers, absorption.block)
-            if order is None:
-                continue
-            for name in absorption.producers:
-                tensors[f"{name}/row_order"] = order
-                tensors[f"{name}/absorbed"] = torch.tensor(True)
-            for name in absorption.consumers:
-                tensors[f"{name}/column_order"] = absorption.columns(order)
-        for site in program.open_sites():
-            if site.name not in absorbed:
-                order = self._order(program, (site.name,), site.rows)
-                if order is not None:
-                    tensors[f"{site.name}/row_order"] = order
+        widths = {site.name: program.tensor(site.name, "widths") for site in program.open_sites()}
+        for order in find_orders(widths, analyse(program), self.min_segment_rows, self.shards):
+            tensors.update({f"{name}/row_order": order.rows for name in order.sites})
+            if order.absorption is not None:
+                tensors.update({f"{name}/absorbed": torch.tensor(True) for name in order.sites})
+                columns = order.absorption.columns(order.rows)
+                tensors.update({f"{name}/column_order": columns for name in order.absorption.consumers})
         stale = frozenset(f"{site.name}/{what}" for site in program.sites for what in ORDERS)
         return program.with_tensors(tensors, drop=stale)
-
-    def _order(self, program: Program, names: Sequence[str], block: int) -> torch.Tensor | None:
-        """Shared order int64[rows] of sites, or None where sorting leaves no fewer segments."""
-        widths = [program.tensor(name, "widths").cpu() for name in names]
-        order = sorted_order(widths, sort_block(block, len(widths[0]), self.shards))
-        if sum(segments(w[order]) for w in widths) >= sum(segments(w) for w in widths):
-            return None
-        return order
-
-
-def segments(widths: torch.Tensor) -> int:
-    """Number of runs of equal widths, uint8[rows]."""
-    return 1 + int((widths[1:] != widths[:-1]).sum())
-
-
-def sorted_order(widths: Sequence[torch.Tensor], block: int) -> torch.Tensor:
-    """Stable order int64[rows] inside blocks, by the first site's widths, then by the second's, and so on.
-
-    Runs are sorted up and down in turn (a snake), so that neighbours meet at the same width.
-    """
-    run = torch.arange(len(widths[0])) // block
-    for own in widths:
-        rank = torch.searchsorted(torch.tensor(WIDTHS), own.long())
-        upward = run % 2 == 0
-        key = run * len(WIDTHS) + torch.where(upward, rank, len(WIDTHS) - 1 - rank)
-        run = torch.unique(key, return_inverse=True)[1]
-    return torch.argsort(run, stable=True)

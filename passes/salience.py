@@ -10,10 +10,10 @@ import torch
 from mixcomp.format import WIDTHS
 from mixcomp.passes.directions import error_spectrum, most_directions
 from mixcomp.passes.gptq import Task, feedback, gptq
-from mixcomp.passes.stacks import Stack, batches, inputs, stack
+from mixcomp.passes.stacks import Stack, batches, stack
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass
-from mixcomp.quant import Grid, concatenate, dequantize, fit_grid
+from mixcomp.quant import Rounding, concatenate, dequantize, fit_grid
 
 #: the width (3 bits) whose error tells how much a side branch could take away; errors of all widths are alike in shape
 _SPECTRUM = WIDTHS.index(3)
@@ -39,11 +39,8 @@ class AnnotateSalience(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         found: dict[str, torch.Tensor] = {}
-        done, total = 0, len(inputs(program))
-        for batch in batches(program, context.device, len(WIDTHS)):
-            context.progress("salience", done, total)
+        for batch in context.track("salience", batches(program, context.device, len(WIDTHS))):
             found.update(_price(program, [stack(program, *one, context.device) for one in batch], context))
-            done += len(batch)
         return program.with_tensors(found)
 
 
@@ -65,7 +62,7 @@ def _price(program: Program, stacks: list[Stack], context: Context) -> dict[str,
 
 
 def _spectra(
-    program: Program, rows: Stack, codes: torch.Tensor, grid: Grid, context: Context
+    program: Program, rows: Stack, codes: torch.Tensor, grid: Rounding, context: Context
 ) -> dict[str, torch.Tensor]:
     error = rows.weight - dequantize(codes, grid)
     out = {}
@@ -77,7 +74,7 @@ def _spectra(
     return out
 
 
-def _fit(rows: Stack, width: int) -> Grid:
+def _fit(rows: Stack, width: int) -> Rounding:
     """Grids of all stacked rows, fitted site by site so that an error names the right one."""
     energy = rows.sigma.diagonal()
     parts = [fit_grid(weight, energy, width, site.name) for site, weight in rows.split(rows.weight)]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from mixcomp.packed import PackedWeight
-from mixcomp.passes.directions import branch_bits, error_spectrum
+from mixcomp.passes.directions import Basis, branch_bits, error_loss, error_spectrum
 from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass, Semantics
 
@@ -27,6 +27,9 @@ class InsertSideBranch(Pass):
     After, where a direction was planned::
 
         %3 = linear(%2, @layers.0.q_proj) {4x560 5x16 rank 1}
+
+    Options:
+        basis: where the directions come from, see ``error_spectrum``; ``error`` is optimal, the others are the papers'.
     """
 
     name: ClassVar[str] = "insert-side-branch"
@@ -34,13 +37,14 @@ class InsertSideBranch(Pass):
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.BRANCHED})
     semantics: ClassVar[Semantics] = Semantics.LOSSY
 
+    basis: Basis = "error"
+
     def run(self, program: Program, context: Context) -> Program:
         tensors: dict[str, torch.Tensor] = {}
         sites: dict[str, Site] = {}
         planned = [s for s in program.open_sites() if int(program.tensor(s.name, "planned_rank"))]
-        for done, site in enumerate(planned):
-            context.progress("side branches", done, len(planned))
-            branch = _branch(program, site, context)
+        for site in context.track("side branches", planned):
+            branch = _branch(program, site, context, self.basis)
             if branch is None:
                 continue
             rank = int(branch["branch_scale"].shape[0])
@@ -53,10 +57,11 @@ class InsertSideBranch(Pass):
         return program.with_sites(sites).with_tensors(tensors)
 
 
-def _branch(program: Program, site: Site, context: Context) -> dict[str, torch.Tensor] | None:
+def _branch(program: Program, site: Site, context: Context, basis: Basis) -> dict[str, torch.Tensor] | None:
     """Stored factors in stored row order and the losses before and after, or None where the branch does not help."""
     fmt = replace(site.layout, rank=0)
-    stored = PackedWeight(fmt, **{k: program.tensor(site.name, k).to(context.device) for k in fmt.tensors()})
+    held = {name: program.tensor(site.name, name).to(context.device) for name in fmt.tensors()}
+    stored = PackedWeight.from_tensors(fmt, held)
     weight = program.weight(site).detach().to(context.device, torch.float32)
     gamma = program.tensor(site.name, "gamma").to(context.device)
     sigma = program.tensor(site.input, "sigma").to(context.device)
@@ -76,14 +81,16 @@ def _branch(program: Program, site: Site, context: Context) -> dict[str, torch.T
         gamma,
         int(program.tensor(site.name, "planned_rank")),
         context.generator(InsertSideBranch.name, site.name),
+        basis,
+        weight,
     )
     left = found.vectors / gamma.sqrt()[:, None]
     right = (found.vectors * gamma.sqrt()[:, None]).T @ error
     a, scale_a = _round_directions(left.T)
     b, scale_b = _round_directions(right)
     factors = {"branch_a": a.T.contiguous(), "branch_b": b, "branch_scale": scale_a * scale_b}
-    before = _weighted_loss(error, sigma, gamma)
-    after = _weighted_loss(error - (factors["branch_a"].float() * factors["branch_scale"]) @ b.float(), sigma, gamma)
+    before = error_loss(error, sigma, gamma)
+    after = error_loss(error - (factors["branch_a"].float() * factors["branch_scale"]) @ b.float(), sigma, gamma)
     if not after < before:
         return None
     return {**factors, "loss_before_branch": before, "loss_after_branch": after}
@@ -93,8 +100,3 @@ def _round_directions(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """fp32[rank, n] -> int8[rank, n] and one scale fp32[rank] per direction."""
     scale = (factor.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return (factor / scale[:, None]).round().clamp_(-127, 127).to(torch.int8), scale
-
-
-def _weighted_loss(error: torch.Tensor, sigma: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """``1/2 sum_c gamma_c e_c S e_c^T``, a 0-d fp64 tensor."""
-    return ((error @ sigma * error).sum(-1).double() * gamma.double()).sum() / 2

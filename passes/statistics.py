@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import fx
 
 from mixcomp.errors import CalibrationError
-from mixcomp.ops import LINEAR
-from mixcomp.program import META, Fact, Program, Site
+from mixcomp.passes.watch import FORWARD_TOKENS, Watch, logits_of, resize
+from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass
 
 #: bytes of activations one backward pass may keep alive
 BACKWARD_BYTES = 8 << 30
 #: tokens of context that a window of the backward pass keeps at least
 SHORTEST = 256
-#: tokens of one forward pass without gradients
-FORWARD_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,9 @@ def _second_moments(program: Program, sites: dict[str, Site], context: Context) 
             _add_outer(sums[f"{site.input}/sigma"], x)
             seen[f"{site.input}/sigma"] += len(x)
 
-    watch = _Watch(program.graph_module, tap)
-    batches = _resize(context.batches, FORWARD_TOKENS[context.device.type])
-    for done, batch in enumerate(batches):
-        context.progress("second moments", done, len(batches))
+    watch = Watch(program.graph_module, tap)
+    batches = resize(context.batches, FORWARD_TOKENS[context.device.type])
+    for batch in context.track("second moments", batches):
         with torch.no_grad():
             watch.run(batch.to(context.device))
     for key, total in sums.items():
@@ -110,13 +105,12 @@ def _output_sensitivity(
         y.register_hook(lambda g: _add_squares(sums[name], g))
 
     batches = _gradient_batches(program, context, gradient_tokens)
-    watch = _Watch(program.graph_module, tap)
+    watch = Watch(program.graph_module, tap)
     tokens = 0
-    for done, batch in enumerate(batches):
-        context.progress("output sensitivity", done, len(batches))
-        draw = context.generator("collect-statistics", f"labels {done}")
+    for number, batch in enumerate(context.track("output sensitivity", batches)):
+        draw = context.generator("collect-statistics", f"labels {number}")
         with torch.enable_grad():
-            logits = _logits(watch.run(batch.to(context.device)))
+            logits = logits_of(watch.run(batch.to(context.device)))
             logits.backward(_sampled_residual(logits.detach(), draw))
         tokens += batch.numel()
     out = {}
@@ -147,77 +141,10 @@ def _sampled_residual(logits: torch.Tensor, draw: torch.Generator) -> torch.Tens
     return out.view(shape)
 
 
-def _logits(output: Any) -> torch.Tensor:
-    """Logits of a model output (a tensor, an object with ``logits`` or a tuple that starts with them)."""
-    if isinstance(output, torch.Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, (tuple, list)):
-        logits = output[0]
-    if not isinstance(logits, torch.Tensor):
-        raise CalibrationError(f"the model's output is a {type(output).__name__} without logits; MixComp needs logits")
-    return logits
-
-
 def _gradient_batches(program: Program, context: Context, gradient_tokens: int) -> list[torch.Tensor]:
     per_token = 3 * sum((s.rows + s.columns) * s.weight.dtype.itemsize for s in program.sites)
     limit = min(BACKWARD_BYTES // max(per_token, 1), FORWARD_TOKENS[context.device.type])
     length = context.batches[0].shape[1]
-    batches = _resize(context.batches, limit, max(1, gradient_tokens // length))
+    batches = resize(context.batches, limit, max(1, gradient_tokens // length))
     shortest = max(limit, SHORTEST)  # windows of a model too large for whole ones are cut, and end pieces dropped
     return [piece for b in batches for piece in b.split(shortest, 1) if piece.shape[1] == min(shortest, length)]
-
-
-def _resize(batches: tuple[torch.Tensor, ...], tokens: int, samples: int | None = None) -> list[torch.Tensor]:
-    """Cut batches so that none holds more than ``tokens`` (one sample at least); stop after ``samples``."""
-    out: list[torch.Tensor] = []
-    left = samples if samples is not None else sum(len(b) for b in batches)
-    for batch in batches:
-        batch = batch[:left]
-        left -= len(batch)
-        out.extend(b for b in batch.split(max(1, tokens // max(batch.shape[1], 1))) if len(b))
-    return out
-
-
-class _Watch(fx.Interpreter):
-    """Runs the graph and shows every canonical linear's input and output to ``tap(site, x, y)``.
-
-    Parameters are detached, so a backward pass reaches activations only.  On a CPU, where 16-bit arithmetic is slow and
-    coarse, a 16-bit model runs in fp32: weights are widened at their use, so no second copy of the model exists.
-    """
-
-    def __init__(self, module: fx.GraphModule, tap: Callable[[str, torch.Tensor, torch.Tensor], None]) -> None:
-        super().__init__(module)
-        self.tap = tap
-        first = next(module.parameters(), None)
-        self.widen = first is not None and not first.is_cuda
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "get_attr":
-            value = self.fetch_attr(str(n.target))
-            at_use = all(user.target in (LINEAR, _EMBEDDING) for user in n.users)
-            return self._wide(value.detach(), not at_use) if isinstance(value, torch.Tensor) else value
-        if n.op != "call_function" or n.target is _ASSERT_METADATA:
-            return None if n.target is _ASSERT_METADATA else super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.target is LINEAR:
-            x, weight, bias, transposed = args
-            y = LINEAR(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), transposed)
-            self.tap(n.meta.get(META, ""), x.detach(), y)
-            return y
-        if self.widen:
-            args, kwargs = fx.node.map_aggregate((args, kwargs), _wide_dtype)
-        return fx.node.map_aggregate(n.target(*args, **kwargs), self._wide)  # type: ignore[operator]
-
-    def _wide(self, value: Any, wanted: bool = True) -> Any:
-        narrow = isinstance(value, torch.Tensor) and value.dtype in _NARROW
-        return value.float() if self.widen and wanted and narrow else value
-
-
-_NARROW = (torch.float16, torch.bfloat16)
-_EMBEDDING = torch.ops.aten.embedding.default
-_ASSERT_METADATA = torch.ops.aten._assert_tensor_metadata.default
-
-
-def _wide_dtype(value: Any) -> Any:
-    return torch.float32 if isinstance(value, torch.dtype) and value in _NARROW else value

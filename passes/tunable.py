@@ -56,13 +56,13 @@ class Tunable:
     def of(cls, program: Program, site: Site, device: torch.device, *, rounding: bool) -> Tunable:
         """The stored state of a quantized site as the start; ``rounding``: whether codes may change."""
         fmt = site.layout
-        stored = PackedWeight(fmt, **{k: program.tensor(site.name, k).to(device) for k in fmt.tensors()})
+        stored = PackedWeight.from_tensors(fmt, {k: program.tensor(site.name, k).to(device) for k in fmt.tensors()})
         widths = torch.tensor(fmt.row_widths(), dtype=torch.uint8, device=device)
-        grid = Grid(stored.factors, unpack_scales(stored.scales, fmt.groups), widths)
+        grid = Grid(stored.factors, unpack_scales(program.tensor(site.name, "scales").to(device), fmt.groups), widths)
         order = {what: program.find(site.name, f"{what}_order") for what in ("row", "column")}
         rows, columns = (None if o is None else o.to(device) for o in order.values())
         codes = unpack_codes(stored.codes, fmt).view(fmt.rows, fmt.groups, -1)
-        offset, top = grid.offsets()[:, None, None], grid.top()[:, None, None]
+        offset, top = grid.offsets()[:, :1, None], grid.top()[:, :1, None]
         place = None
         if rounding:
             weight = program.weight(site).detach().to(device, torch.float32)
@@ -96,8 +96,8 @@ class Tunable:
         step = (self.unit * self.factor * self.ratio.exp() * m)[..., None]
         out = ((self._codes() - self.offset) * step).flatten(1)[:, : self.fmt.columns]
         out = (out if self.branch is None else out + self.branch).to(self.dtype)
-        out = out if self.rows is None else _Permute.apply(out, self.rows, 0)
-        return out if self.columns is None else _Permute.apply(out, self.columns, 1)
+        out = out if self.rows is None else _permuted(out, self.rows, 0)
+        return out if self.columns is None else _permuted(out, self.columns, 1)
 
     @torch.no_grad()
     def stored(self) -> dict[str, torch.Tensor]:
@@ -115,7 +115,42 @@ class Tunable:
         return self.codes
 
 
-def stored_tensors(tuned: Mapping[str, Tunable]) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Settled:
+    """A site stored in a form that nothing is learned for yet: the papers' formats.  ``fixed`` is its weight."""
+
+    fixed: torch.Tensor
+
+    @classmethod
+    def of(cls, program: Program, site: Site, device: torch.device) -> Settled:
+        """The stored weight, rows and columns where the original has them."""
+        names = site.layout.tensors()
+        stored = PackedWeight.from_tensors(site.layout, {k: program.tensor(site.name, k).to(device) for k in names})
+        weight = stored.dequantize()
+        rows, columns = program.find(site.name, "row_order"), program.find(site.name, "column_order")
+        if rows is not None and not site.layout.scatter:
+            weight = weight[_inverse(rows.to(device))]
+        weight = weight if columns is None else weight[:, _inverse(columns.to(device))]
+        return cls(weight.to(site.weight.dtype))
+
+    def learned(self) -> dict[str, torch.Tensor]:
+        """Nothing."""
+        return {}
+
+    def weight(self) -> torch.Tensor:
+        """What the site multiplies with."""
+        return self.fixed
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Nothing new."""
+        return {}
+
+
+#: a quantized site in a descent
+Quantized = Tunable | Settled
+
+
+def stored_tensors(tuned: Mapping[str, Quantized]) -> dict[str, torch.Tensor]:
     """What goes into the program's table for these sites."""
     return {f"{name}/{key}": value for name, one in tuned.items() for key, value in one.stored().items()}
 
@@ -137,6 +172,11 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient.index_select(ctx.dim, _inverse(ctx.order)), None, None
+
+
+def _permuted(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
+    out: torch.Tensor = _Permute.apply(x, order, dim)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _round(x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from mixcomp.passes.descent import Descent
 from mixcomp.passes.distill import Teacher, Texts, tunables
 from mixcomp.passes.stages import Values
-from mixcomp.passes.tunable import Tunable, stored_tensors
+from mixcomp.passes.tunable import Quantized, stored_tensors
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass, Semantics
 
@@ -57,26 +58,24 @@ class TuneBlocks(Pass):
         stages, out = teacher.stages, dict[str, torch.Tensor]()
         given: Values = {}
         exact: Values = {}
-        for done, k in enumerate(stages.layers):
-            context.progress("tune blocks", done, len(stages.layers))
+        for k in context.track("tune blocks", stages.layers):
             part = stages.parts[k]
             wanted = self._through(teacher, k, teacher.weights, exact, texts)
             tuned = tunables(program, context.device, part, rounding=True)
-            if tuned:
+            if any(one.learned() for one in tuned.values()):
                 batches = _Batches(teacher, k, texts, given, wanted, _importance(program, part.sites, wanted))
                 self._learn(tuned, batches, context.generator(self.name, str(k)))
                 out.update(stored_tensors(tuned))
             weights = {name: one.weight().detach() for name, one in tuned.items()}
             given, exact = self._through(teacher, k, weights, given, texts), wanted
-        context.progress("tune blocks", len(stages.layers), len(stages.layers))
         return out
 
-    def _learn(self, tuned: Mapping[str, Tunable], batches: _Batches, draw: torch.Generator) -> None:
+    def _learn(self, tuned: Mapping[str, Quantized], batches: _Batches, draw: torch.Generator) -> None:
         rates = {"place": self.place_rate, "ratio": self.ratio_rate, "group": self.group_rate}
         with Descent(tuned.values(), rates, self.steps) as descent:
             for _ in range(self.steps):
                 pick = torch.randperm(batches.count, generator=draw)[: batches.texts.batch]
-                descent.step(lambda pick=pick: batches.loss({n: t.weight() for n, t in tuned.items()}, pick))
+                descent.step(partial(batches.loss, tuned, pick))
 
     @torch.no_grad()
     def _through(
@@ -107,8 +106,9 @@ class _Batches:
     def count(self) -> int:
         return len(self.texts.learn)
 
-    def loss(self, weights: Mapping[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    def loss(self, tuned: Mapping[str, Quantized], rows: torch.Tensor) -> torch.Tensor:
         """Mean weighted squared error of the layer's outputs on some windows."""
+        weights = {name: one.weight() for name, one in tuned.items()}
         values = _inputs(self.teacher, self.given, self.texts, rows)
         made = self.teacher.stages.parts[self.k].run(values, weights)
         total = torch.zeros((), device=self.texts.learn.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mixcomp.passes.descent import Descent
 from mixcomp.passes.distill import Teacher, Texts, tunables
 from mixcomp.passes.stages import Values
-from mixcomp.passes.tunable import Tunable, stored_tensors
+from mixcomp.passes.tunable import Quantized, stored_tensors
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass, Semantics
 
@@ -45,26 +46,24 @@ class TuneModel(Pass):
     def run(self, program: Program, context: Context) -> Program:
         teacher, texts = Teacher.of(program), Texts.of(context)
         tuned = tunables(program, context.device, rounding=False)
+        if not any(one.learned() for one in tuned.values()):
+            return program
         ends, held = teacher.ends(texts.learn), teacher.ends(texts.held)
         before = teacher.distance(tuned, texts.held, held)
         draw, order = context.generator(self.name), torch.empty(0, dtype=torch.int64)
         with Descent(tuned.values(), {"ratio": self.ratio_rate, "group": self.group_rate}, self.steps) as descent:
-            for step in range(self.steps):
-                context.progress("tune model", step, self.steps)
+            for _ in context.track("tune model", range(self.steps)):
                 if len(order) < texts.batch:
                     order = torch.randperm(len(texts.learn), generator=draw)
                 pick, order = order[: texts.batch], order[texts.batch :]
-                descent.step(
-                    lambda pick=pick: _differentiate(teacher, tuned, texts.learn[pick], [ends[i] for i in pick])
-                )
-        context.progress("tune model", self.steps, self.steps)
+                descent.step(partial(_differentiate, teacher, tuned, texts.learn[pick], [ends[i] for i in pick]))
         changed = program.with_tensors(stored_tensors(tuned))
         after = teacher.distance(tunables(changed, context.device, rounding=False), texts.held, held)
         return changed if after < before else program
 
 
 def _differentiate(
-    teacher: Teacher, tuned: Mapping[str, Tunable], tokens: torch.Tensor, ends: list[Values]
+    teacher: Teacher, tuned: Mapping[str, Quantized], tokens: torch.Tensor, ends: list[Values]
 ) -> torch.Tensor:
     """Gradients of the mean divergence over some windows; returns it."""
     stages = teacher.stages
@@ -85,7 +84,7 @@ def _differentiate(
     for i, end in enumerate(ends):
         window = {**values, **{name: value[i : i + 1] for name, value in cut.items()}}
         loss = teacher.divergence(window, leaves, end) / len(ends)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.detach()
     roots = [*(values[name] for name in names), *last.values()]
     torch.autograd.backward(roots, [*(cut[name].grad for name in names), *(leaf.grad for leaf in leaves.values())])

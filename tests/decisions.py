@@ -1,7 +1,8 @@
 """A program with every decision made by hand, no pass involved: what the verifier and the printer are tested on.
 
 Base: ``up`` and ``gate`` share an absorbed order that ``down`` takes over; ``proj`` is scattered and has a side branch;
-``flat`` has one width and nothing else; the head is out of scope.
+``flat`` has one width and nothing else; the head is out of scope.  ``mixed`` is the same where ``proj`` has everything
+that the default format has not.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from dataclasses import replace
 
 import torch
 
-from mixcomp.format import WIDTHS, SiteFormat, runs
+from formats import draw
+from mixcomp.format import WIDTHS, Scales, SiteFormat, runs
 from mixcomp.packed import PackedWeight, pack_codes, pack_scales
+from mixcomp.profiles import profiles
 from mixcomp.program import Fact, Program, Site
 from programs import Blueprint, Kind, Layer, Values, build
 
@@ -56,6 +59,27 @@ def decided() -> Program:
     tensors[f"{PROJ}/loss_after_branch"] = torch.tensor(1.5, dtype=torch.float64)
     tensors["budget/bits"] = torch.tensor(sum(s.format.stored_bits() for s in sites.values() if s.format))
     return replace(program.with_sites(sites).with_tensors(tensors), facts=PLANNED)
+
+
+#: rows of ``proj`` in ``mixed``: a digit a group
+PROFILES = ("82", "44", "18")
+
+
+def mixed() -> Program:
+    """``decided`` with rows of ``proj`` that mix widths, scattered, under float-group scales."""
+    program = decided()
+    site = program.site(PROJ)
+    rows = [[int(digit) for digit in PROFILES[row % 3]] for row in range(site.rows)]
+    widths = torch.tensor(rows, dtype=torch.uint8)
+    order = torch.argsort(profiles(widths), stable=True)
+    weight = draw(widths[order], site.columns, scales=Scales.FLOAT_GROUP, scatter=True, rank=1).weight
+    fmt, stored = weight.fmt, {**weight.tensors(), "row_index": order.to(weight.fmt.index_dtype)}
+    more = fmt.stored_bits() - site.layout.stored_bits()
+    tensors = {f"{PROJ}/{name}": tensor for name, tensor in stored.items()}
+    tensors |= {f"{PROJ}/widths": widths, f"{PROJ}/row_order": order, f"{PROJ}/scale_kind": torch.tensor(1)}
+    tensors |= {key: program.tensors[key] + more for key in (f"{PROJ}/planned_bits", "budget/bits")}
+    dropped = frozenset({f"{PROJ}/scales"})
+    return program.with_sites({PROJ: replace(site, format=fmt)}).with_tensors(tensors, drop=dropped)
 
 
 def _measured(site: Site, seed: int) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ from mixcomp.lowering.lower import LowerLinears
 from mixcomp.manager import run
 from mixcomp.packed import PackedWeight
 from mixcomp.passes import PIPELINE
+from mixcomp.passes.strategies import STRATEGIES, passes_of
 from mixcomp.printer import digest, module_tensors
 from mixcomp.program import META, Fact, Program, Site
 from mixcomp.protocol import Context, Pass, Semantics
@@ -34,7 +35,10 @@ from mixcomp.snapshot import Snapshot, arguments, is_linear, is_mixed, signature
 from mixcomp.verify import check
 from programs import ABSORBING, EVERYTHING, GATED, Blueprint, build, context, own, tokens
 
-PASSES: tuple[type[Pass], ...] = (*PIPELINE, LowerLinears)
+#: the default pipeline, and what other strategies put between its first pass and its reordering
+MAIN: tuple[type[Pass], ...] = (*PIPELINE, LowerLinears)
+OTHERS = tuple(passes_of(name, Budget(4.4)) for name in STRATEGIES if name not in ("joint", "uniform"))
+PASSES: tuple[type[Pass], ...] = (*MAIN, *(type(p) for measuring, deciding in OTHERS for p in (*measuring, deciding)))
 #: whole pipelines are slow next to single functions
 EXAMPLES = max(2, settings.default.max_examples // 15)
 #: a share of the way from the least to the most bits a program can take
@@ -65,10 +69,16 @@ def prepared(kind: type[Pass], program: Program) -> Pass:
     return replace(one, budget=Budget(float(bits // 8), "bytes"))  # type: ignore[call-arg]
 
 
+def previous(number: int) -> int:
+    """The pass that ``PASSES[number]`` follows; another strategy starts from the statistics."""
+    starts = {PASSES.index(type((*measuring, deciding)[0])) for measuring, deciding in OTHERS}
+    return 0 if number in starts else number - 1
+
+
 @lru_cache(maxsize=1024)
 def stage(blueprint: Blueprint, number: int) -> Stage:
     """Pass ``number`` after all passes before it; failures of later passes do not show in it."""
-    before = stage(blueprint, number - 1).after if number else build(blueprint)
+    before = stage(blueprint, previous(number)).after if number else build(blueprint)
     one = prepared(PASSES[number], before)
     return Stage(blueprint, one, before, run(before, [one], context(blueprint)))
 

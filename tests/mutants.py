@@ -52,7 +52,7 @@ def mutant(id: str, base: str = "decided", level: int = 1, alone: bool = False) 
     """Add a function to ``MUTANTS``."""
 
     def add(breaks: Break) -> Break:
-        MUTANTS.append(Mutant(id, breaks, base, level, alone or base == "lowered"))
+        MUTANTS.append(Mutant(id, breaks, base, level, alone or base.endswith("lowered")))
         return breaks
 
     return add

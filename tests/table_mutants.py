@@ -106,6 +106,26 @@ def widths_out_of_scope(program: Program) -> Program:
     return program.with_tensors({"lm_head/widths": torch.full((13,), 4, dtype=torch.uint8)})
 
 
+@mutant("I11", base="mixed")
+def widths_of_other_groups(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/widths", lambda t: torch.cat((t, t), 1))
+
+
+@mutant("I11", base="mixed")
+def width_seven_in_one_group(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/widths", lambda t: changed(t, (3, 1), 7))
+
+
+@mutant("I11", base="mixed")
+def groups_of_48(program: Program) -> Program:
+    return program.with_tensors({f"{FLAT}/group": torch.tensor(48)})
+
+
+@mutant("I11", base="mixed")
+def scales_of_no_kind(program: Program) -> Program:
+    return program.with_tensors({f"{PROJ}/scale_kind": torch.tensor(5)})
+
+
 # I12 bits in scope within the budget
 
 
@@ -137,6 +157,20 @@ def more_stored_than_planned(program: Program) -> Program:
 def left_alone_for_free(program: Program) -> Program:
     """A site in scope that is left alone counts at its own size."""
     return with_site(program, "lm_head", in_scope=True, reason="odd dtype")
+
+
+@mutant("I12", base="mixed")
+def group_index_for_free(program: Program) -> Program:
+    """What the promise leaves out is little, and has to show."""
+    index = program.tensors[f"{PROJ}/group_index"]
+    return with_tensor(program, f"{PROJ}/planned_bits", lambda t: t - 8 * index.nbytes)
+
+
+@mutant("I12", base="mixed")
+def payload_over_budget(program: Program) -> Program:
+    """Counted by columns of every group: 2 rows of ``proj`` in three are wider than their first group."""
+    payload = sum(s.format.payload_bits() for s in program.sites if s.format is not None)
+    return program.with_tensors({"budget/payload_bits": torch.tensor(payload - 1)})
 
 
 # I13 orders are bijections, absorptions agree
@@ -190,6 +224,11 @@ def producers_disagree(program: Program) -> Program:
     return with_tensor(program, f"{GATE}/row_order", lambda t: t.flip(0))
 
 
+@mutant("I13", base="mixed")
+def order_not_stable_inside_a_profile(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/row_order", lambda t: t[[1, 0, *range(2, 12)]])
+
+
 # I14 stored tensors share one row order
 
 
@@ -237,6 +276,32 @@ def site_forgotten(program: Program) -> Program:
 @mutant("I14")
 def factors_of_another_type(program: Program) -> Program:
     return with_tensor(program, f"{FLAT}/factors", lambda t: t.bfloat16())
+
+
+@mutant("I14", base="mixed")
+def profile_of_other_groups(program: Program) -> Program:
+    """As many groups of each width, in other places: the bits are the same."""
+    return with_tensor(program, f"{PROJ}/widths", lambda t: t.flip(1))
+
+
+@mutant("I14", base="mixed")
+def groups_out_of_place(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/group_index", lambda t: t.flip(1))
+
+
+@mutant("I14", base="mixed")
+def scales_of_another_kind(program: Program) -> Program:
+    return program.with_tensors({f"{PROJ}/scale_kind": torch.tensor(0)})
+
+
+@mutant("I14", base="mixed")
+def groups_of_another_size(program: Program) -> Program:
+    return program.with_tensors({f"{FLAT}/group": torch.tensor(64)})
+
+
+@mutant("I14", base="mixed")
+def zero_beyond_its_code(program: Program) -> Program:
+    return with_tensor(program, f"{PROJ}/zeros", lambda t: t | 240)
 
 
 # I15 side branches are thin and pay
@@ -331,11 +396,34 @@ def other_codes(program: Program) -> Program:
 
 @mutant("I16", base="lowered")
 def row_written_twice(program: Program) -> Program:
-    node = lowered_node(program, PROJ)
-    path = str(arguments(node)["row_index"].target)
-    folder, _, name = path.rpartition(".")
-    broken = changed(program.tensors[f"{PROJ}/row_index"], 0, 5)
-    setattr(program.graph_module.get_submodule(folder), name, broken)
+    return _with_buffer(program, "row_index", changed(program.tensors[f"{PROJ}/row_index"], 0, 5))
+
+
+@mutant("I16", base="mixed-lowered")
+def another_kind_of_scales(program: Program) -> Program:
+    set_argument(lowered_node(program, PROJ), "scale_kind", 0)
+    return recompiled(program)
+
+
+@mutant("I16", base="mixed-lowered")
+def groups_of_another_site(program: Program) -> Program:
+    set_argument(lowered_node(program, PROJ), "group", 64)
+    return recompiled(program)
+
+
+@mutant("I16", base="mixed-lowered")
+def other_zeros_in_the_module(program: Program) -> Program:
+    return _with_buffer(program, "zeros", program.tensors[f"{PROJ}/zeros"] ^ 1)
+
+
+@mutant("I16", base="mixed-lowered")
+def other_groups_in_the_module(program: Program) -> Program:
+    return _with_buffer(program, "group_index", program.tensors[f"{PROJ}/group_index"].flip(0))
+
+
+def _with_buffer(program: Program, name: str, broken: torch.Tensor) -> Program:
+    folder, _, leaf = str(arguments(lowered_node(program, PROJ))[name].target).rpartition(".")
+    setattr(program.graph_module.get_submodule(folder), leaf, broken)
     return program
 
 

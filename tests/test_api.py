@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ import torch
 
 import families
 import mixcomp
-from mixcomp.errors import BudgetError, CalibrationError, ConfigError, InputError
+from mixcomp import api
+from mixcomp.errors import ArtifactError, BudgetError, CalibrationError, ConfigError, InputError, MismatchError
 from mixcomp.lowering.module import MixedLinear
+from mixcomp.passes import TuneBlocks, TuneModel
 
 
 def tiny() -> Any:
@@ -49,6 +53,31 @@ def test_the_model_keeps_generating_within_the_budget(compiled: tuple[Any, Any])
     plan = model.mixcomp.plan
     held = sum(m.packed().stored_bits() for m in model.modules() if isinstance(m, MixedLinear))
     assert held == plan.totals["stored_bits"] <= 6.0 * plan.totals["weights"]
+
+
+@pytest.mark.parametrize(
+    ("effort", "learned"),
+    [("fast", []), (None, []), ("balanced", ["tune-blocks"]), ("best", ["tune-blocks", "tune-model"])],
+)
+def test_efforts_add_passes_that_learn(effort: str | None, learned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = {"balanced": (TuneBlocks(steps=2),), "best": (TuneBlocks(steps=2), TuneModel(steps=2))}
+    for name, passes in quick.items():
+        assert [type(p) for p in api.TUNING[name]] == [type(p) for p in passes]
+        monkeypatch.setitem(api.TUNING, name, passes)
+    model: Any = mixcomp.compile(tiny(), 4.4, calibration=text(), effort=effort)
+    stages = [s["stage"] for s in model.mixcomp.report["stages"]]
+    assert [s for s in stages if s.startswith("tune")] == learned
+    assert model.mixcomp.plan.options["effort"] == effort
+
+
+def test_a_measurement_holds_no_text_to_learn_from() -> None:
+    measured = mixcomp.measure(tiny(), text())
+    plan = mixcomp.plan(measured, 4.4)
+    asked = replace(plan, options={**plan.options, "effort": "best"})
+    model = tiny()
+    with pytest.raises(ConfigError, match=r"effort 'best'.*a measurement holds none; leave the measurement out"):
+        mixcomp.apply(model, asked)
+    assert same(state(model), state(tiny()))
 
 
 def test_copy_leaves_the_original_alone(compiled: tuple[Any, Any]) -> None:
@@ -135,3 +164,86 @@ def test_overrides_and_exclusions_are_kept() -> None:
     assert all(set(s["widths"]) == {"8"} for name, s in sites.items() if name.endswith("down_proj"))
     assert "model.layers.0.self_attn.q_proj" not in sites
     assert isinstance(model.get_submodule("model.layers.0.self_attn.q_proj"), torch.nn.Linear)
+
+
+@pytest.fixture(scope="module")
+def measured() -> mixcomp.Measurement:
+    return mixcomp.measure(tiny(), text())
+
+
+def test_measure_leaves_the_model_alone() -> None:
+    model = tiny()
+    before = state(model)
+    found = mixcomp.measure(model, text(), exclude=["model.layers.0"], seed=5)
+    assert same(state(model), before)
+    assert not hasattr(model, "mixcomp")
+    assert found.options.seed == 5
+    assert not any(s.open for s in found.sites if s.name.startswith("model.layers.0."))
+
+
+def test_three_steps_are_one(compiled: tuple[Any, Any], measured: mixcomp.Measurement, tmp_path: Path) -> None:
+    plan = mixcomp.plan(measured, 6.0)
+    assert plan.to_bytes() == compiled[1].mixcomp.plan.to_bytes()
+    measured.save(tmp_path / "measured")
+    plan.save(tmp_path / "plan.json")
+    ways: list[dict[str, Any]] = [
+        {"plan": plan},
+        {"plan": tmp_path / "plan.json", "measurement": tmp_path / "measured"},
+        {"plan": tmp_path / "plan.json", "calibration": text()},
+    ]
+    for way in ways:
+        applied: Any = mixcomp.apply(tiny(), **way)
+        assert same(state(applied), state(compiled[1]))
+        assert applied.mixcomp.plan.to_bytes() == plan.to_bytes()
+        assert applied.mixcomp.plan.measurement is None, "a model does not hold on to gigabytes of moments"
+        source = applied.mixcomp.report["calibration"]["source"]
+        assert source.startswith("again, for quantization" if "calibration" in way else "measured: ")
+
+
+def test_another_model_is_refused_with_differences(measured: mixcomp.Measurement) -> None:
+    plan = mixcomp.plan(measured, 6.0)
+    other = tiny()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 3] += 1
+    before = state(other)
+    with pytest.raises(MismatchError, match=r"model\.layers\.1\.mlp\.up_proj has other weights"):
+        mixcomp.apply(other, plan)
+    read = mixcomp.Plan.from_json(plan.to_json())
+    with pytest.raises(MismatchError, match="their weights differ"):
+        mixcomp.apply(other, read, calibration=text())
+    larger = families.build("llama", num_hidden_layers=3)
+    with pytest.raises(MismatchError, match=r"model\.layers\.2\.mlp\.down_proj is only in the model"):
+        mixcomp.apply(larger, read, calibration=text())
+    assert same(state(other), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "names"),
+    [
+        ({"plan": 3}, InputError, "plan is a int"),
+        ({"plan": "absent.json"}, ArtifactError, r"absent\.json"),
+        ({"measurement": 3}, InputError, "measurement is a int"),
+        ({"measurement": "absent"}, ArtifactError, "absent"),
+        ({"calibration": text()}, ConfigError, "leave one out"),
+    ],
+)
+def test_bad_arguments_of_apply(
+    measured: mixcomp.Measurement, options: dict[str, Any], error: type[Exception], names: str
+) -> None:
+    with pytest.raises(error, match=names):
+        mixcomp.apply(tiny(), **({"plan": mixcomp.plan(measured, 6.0)} | options))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("seed", -1), ("min_coverage", 2), ("exclude", "lm_head"), ("length", 1)]
+)
+def test_bad_options_of_measure(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=option):
+        mixcomp.measure(tiny(), text(), **{option: value})
+
+
+def test_draws_of_calibration_text_make_plans_that_overlap(measured: mixcomp.Measurement) -> None:
+    draw = [torch.randint(0, 100, (8, 32), generator=torch.Generator().manual_seed(9))]
+    plans = [mixcomp.plan(m, 6.0) for m in (measured, mixcomp.measure(tiny(), draw))]
+    assert plans[0].model == plans[1].model
+    assert 0.0 < mixcomp.overlap(*plans) < 1.0

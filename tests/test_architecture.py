@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
-#: of code: blank lines, comments and docstrings are free
-MAX_CODE_LINES = 8_000
+#: of code: blank lines, comments and docstrings are free; 8,000 was the aim before three papers' strategies moved in
+MAX_CODE_LINES = 9_400
 
 #: folder -> package
 FOLDERS = {
@@ -30,11 +30,15 @@ FOLDERS = {
 
 #: types and laws; they know nothing of what is built on them
 CORE = {
-    "errors", "format", "ops", "packed", "quant", "budget", "config", "patterns", "program", "protocol", "plan",
-    "printer", "snapshot", "graph_laws", "table_laws", "verify", "dumps", "manager",
+    "errors", "format", "profiles", "ops", "packed", "quant", "float_grid", "budget", "config", "patterns", "program",
+    "protocol", "plans", "files", "shards", "records", "printer", "snapshot", "graph_laws", "table_laws", "verify",
+    "dumps", "manager",
 }  # fmt: skip
 #: what a pass may know besides mathematics of its own folder
-FOR_PASSES = {"errors", "format", "ops", "packed", "quant", "budget", "config", "program", "protocol", "plan"}
+FOR_PASSES = {
+    "errors", "format", "profiles", "ops", "packed", "quant", "float_grid", "budget", "config", "program", "protocol",
+    "plans",
+}  # fmt: skip
 FOR_LOWERING = {"errors", "format", "ops", "packed", "program", "protocol"}
 FOR_KERNELS = {"errors", "format"}
 #: only these may be imported from the front door
@@ -44,11 +48,17 @@ BOTTOM = {
     "errors": set(),
     "ops": set(),
     "format": {"errors"},
-    "packed": {"errors", "format"},
+    "profiles": {"format"},
+    "packed": {"errors", "format", "profiles"},
     "program": {"errors", "format"},
     "protocol": {"program"},
 }
-PASS_MODULES = {"precision", "quantize", "reorder", "salience", "side_branch", "statistics"}
+PASS_MODULES = {
+    "assign_blocks", "assign_features", "assign_mixes", "follow", "keep_samples", "precision", "quantize", "reorder",
+    "salience", "score_features", "side_branch", "statistics", "tune_blocks", "tune_model",
+}  # fmt: skip
+#: where passes are put in a row
+LISTS = {"passes", "passes.strategies"}
 
 #: library -> modules (prefixes) that may import it at all, and those that may do so when they are imported themselves
 ONLY_IN = {
@@ -58,8 +68,8 @@ ONLY_IN = {
         {"mixcomp." + m for m in ("artifact", "capture", "calibration", "cli", "hf", "restore", "skeleton", "sources")},
         {"mixcomp.hf"},
     ),
-    "typer": ({"mixcomp.cli"}, {"mixcomp.cli"}),
-    "rich": ({"mixcomp.cli", "mixcomp.progress", "mixcomp.report"}, {"mixcomp.cli", "mixcomp.progress"}),
+    "typer": ({"mixcomp.cli", "mixcomp.terminal"}, {"mixcomp.cli", "mixcomp.terminal"}),
+    "rich": ({"mixcomp.cli", "mixcomp.progress", "mixcomp.report", "mixcomp.terminal"}, {"mixcomp.progress"}),
 }
 
 BANNED_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "random"}
@@ -148,7 +158,7 @@ def is_arrow_allowed(arrow: Import) -> bool:
         return source in ABOVE_API
     if area == "passes":
         helper = inside(target, "passes") and target.partition(".")[2] not in PASS_MODULES
-        return target in FOR_PASSES or helper or source == "passes"
+        return target in FOR_PASSES or helper or source in LISTS
     if area == "lowering":
         lazily = inside(target, "kernels") and not arrow.eager
         return target in FOR_LOWERING or inside(target, "lowering") or lazily

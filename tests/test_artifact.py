@@ -23,14 +23,16 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from mixcomp import artifact, files, manifest, shards, skeleton
+from formats import draw
+from mixcomp import artifact, files, records, shards, skeleton
 from mixcomp.artifact import check_folder, load, save
 from mixcomp.errors import ArtifactError, ConfigError, FormatError, InputError, MixCompError, StorageError
-from mixcomp.format import Segment, SiteFormat
+from mixcomp.format import Scales, Segment, SiteFormat
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.manifest import MANIFEST, Manifest
 from mixcomp.packed import PackedWeight
-from mixcomp.plan import Compiled, Plan
+from mixcomp.plans import Compiled, Plan
+from mixcomp.report import describe
 
 TOKENS = torch.arange(1, 17).view(2, 8)
 SIZES: dict[str, Any] = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1}
@@ -55,7 +57,19 @@ def pack(rows: int, columns: int, number: int, generator: torch.Generator) -> Pa
     return PackedWeight.from_tensors(fmt, out)
 
 
-def compiled(model: PreTrainedModel, skip: tuple[str, ...] = ("lm_head",)) -> PreTrainedModel:
+def form(rows: int, columns: int, number: int, _: torch.Generator) -> PackedWeight:
+    """A random stored weight in one of the forms that depart from the default."""
+    group = (32, 64, 128)[number % 3]
+    table = torch.tensor([[1, 4, 8], [4, 2, 2], [8, 8, 8]], dtype=torch.uint8)
+    widths = table[torch.arange(rows) * 3 // rows].repeat(1, -(-columns // group))[:, : -(-columns // group)]
+    scales, scatter = (Scales.FLOAT_GROUP, Scales.TWO_LEVEL)[number % 2], number % 4 == 0
+    return draw(widths, columns, group=group, scales=scales, scatter=scatter, rank=number % 3, seed=number).weight
+
+
+Pack = Callable[[int, int, int, torch.Generator], PackedWeight]
+
+
+def compiled(model: PreTrainedModel, skip: tuple[str, ...] = ("lm_head",), pack: Pack = pack) -> PreTrainedModel:
     """The model with every linear but ``skip`` replaced by a random compiled one that keeps the bias."""
     generator = torch.Generator().manual_seed(3)
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | transformers.pytorch_utils.Conv1D)]
@@ -86,6 +100,7 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-tied": lambda: compiled(new("llama", tie_word_embeddings=True)),
     "llama-bias-bf16": lambda: compiled(new("llama", torch.bfloat16, attention_bias=True, mlp_bias=True)),
     "llama-head-bf16": lambda: compiled(new("llama", torch.bfloat16, tie_word_embeddings=True), skip=()),
+    "llama-forms": lambda: compiled(new("llama", torch.bfloat16, attention_bias=True), pack=form),
     "gpt2": lambda: compiled(new("gpt2", tie_word_embeddings=True)),
     "gpt2-half": lambda: compiled(new("gpt2", torch.float16)),
 }
@@ -557,7 +572,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     data = json.loads(path.read_text())
     change(data)
     data.pop("digest", None)
-    spell = manifest._spell
+    spell = records.spell
     path.write_bytes(spell(data | {"digest": hashlib.sha256(spell(data)).hexdigest()}))
 
 
@@ -742,7 +757,7 @@ def forge_tensor(folder: Path, key: str, change: Callable[[torch.Tensor], None])
         tensors = dict(shards.read(file, name, listed.tensors, listed.size))
     change(tensors[key])
     (folder / name).unlink()
-    new_file = artifact._write_shard(folder / name, tensors)
+    new_file = shards.write_shard(folder / name, tensors)
     forge(folder, put("files", name, new_file.to_json()))
 
 
@@ -761,6 +776,48 @@ def test_stored_values_without_meaning_are_refused(
 ) -> None:
     forge_tensor(folder, f"{SITE}.{tensor}", change)
     refused(folder, f"{SITE}.*{names}")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "names"),
+    [
+        ("group_index", lambda t: t[0].zero_(), "group index 0 is not a permutation"),
+        ("group_index", lambda t: t[0].copy_(t[0].flip(0)), "groups|zeros|short last group"),
+        ("zeros", lambda t: t.fill_(255), "zeros exceed"),
+        ("offsets", lambda t: t.fill_(torch.inf), "offsets"),
+        ("factors", lambda t: t[3].fill_(torch.nan), "factors"),
+    ],
+)
+def test_stored_values_of_other_forms_are_judged_too(
+    shelf: Path, tmp_path: Path, tensor: str, change: Callable[[torch.Tensor], None], names: str
+) -> None:
+    folder = Path(shutil.copytree(shelf / "llama-forms", tmp_path / "out"))
+    found = Manifest.from_bytes((folder / MANIFEST).read_bytes())
+    site = next(n for n, s in found.sites.items() if s.fmt.scales is Scales.FLOAT_GROUP and s.fmt.group == 32)
+    forge_tensor(folder, f"{site}.{tensor}", change)
+    refused(folder, f"{site}.*({names})")
+
+
+def test_only_other_forms_say_what_they_are(shelf: Path) -> None:
+    """Folders of today's format are spelled as they always were."""
+    for name in ("llama", "llama-forms"):
+        data = json.loads((shelf / name / MANIFEST).read_text())
+        keys = {key for site in data["sites"].values() for key in site["format"]}
+        assert data["format_version"] == 1
+        assert keys - {"rows", "columns", "segments", "scatter", "rank"} == (
+            set() if name == "llama" else {"group", "scales"}
+        )
+
+
+def test_a_report_tells_mixed_rows_from_others() -> None:
+    model = compiled(new("llama"), pack=form)
+    model.mixcomp = Compiled(replace(PLAN, totals={"weights": 1, "payload_bits": 1, "stored_bits": 1}))
+    report = describe(model)
+    widths = [tuple(site.widths) for site in report.sites]
+    assert {("1+4", "2+4", "8"), ("1", "4", "8")} <= set(widths)
+    assert sum(report.rows_by_width().values()) == sum(site.rows for site in report.sites)
+    assert {path for site in report.sites for path in site.paths.values()} == {"reference"}
+    assert report.sites[0].stored_bits == model.get_submodule(report.sites[0].name).fmt.stored_bits()
 
 
 def nested(depth: int) -> bytes:
@@ -789,7 +846,7 @@ def test_hostile_json_is_refused(folder: Path, raw: bytes, names: str) -> None:
     (folder / MANIFEST).write_bytes(raw)
     refused(folder, rf"mixcomp\.json.*({names})")
     with pytest.raises(ArtifactError, match=rf"config\.json.*({names})"):
-        manifest.read_json(raw, "config.json")
+        records.read_json(raw, "config.json")
 
 
 @pytest.mark.parametrize("raw", [b"null", b"[]", b"3", b'"x"'])

@@ -13,14 +13,16 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from families import build
+from formats import draw
 from mixcomp import verify
 from mixcomp.capture import capture, capture_dynamo
 from mixcomp.errors import CaptureError, ConfigError, InputError, MixCompError, WeightError
-from mixcomp.format import Segment, SiteFormat
+from mixcomp.format import Scales, Segment, SiteFormat
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.ops import LINEAR
 from mixcomp.packed import PackedWeight, pack_codes
 from mixcomp.patterns import match, matches
+from mixcomp.profiles import profiles
 from mixcomp.program import META, Fact, Program
 
 #: family -> (linears in all, of which the parameter is transposed)
@@ -615,6 +617,17 @@ def test_plain_linears_of_a_dynamo_graph_are_left_alone() -> None:
     ]
     assert all("call mixcomp.compile" in (s.reason or "") for s in program.sites)
     assert not program.facts
+
+
+@pytest.mark.parametrize("scales", Scales)
+def test_every_form_comes_back_from_a_dynamo_graph(scales: Scales) -> None:
+    widths = torch.tensor([[2, 4], [2, 4], [8, 8], [4, 1]] * 8, dtype=torch.uint8)
+    layer = MixedLinear(draw(widths[profiles(widths).argsort(stable=True)], 64, scales=scales, scatter=True).weight)
+    model = Net(nn.Linear(32, 64), layer)
+    (program,), out = dynamo_programs(model, ids(2, 3))
+    assert torch.equal(out, model(ids(2, 3)))
+    assert program.site("layers.1").format == layer.fmt
+    assert set(layer.fmt.tensors()) <= {key.rpartition("/")[2] for key in program.tensors}
 
 
 def test_mixed_linears_of_a_dynamo_graph_are_lowered_sites() -> None:

@@ -22,7 +22,7 @@ from families import build
 from mixcomp import api, artifact, cli, data, demo, evaluate, release, sources
 from mixcomp.errors import BudgetError
 from mixcomp.lowering.module import MixedLinear
-from mixcomp.plan import Compiled
+from mixcomp.plans import Compiled
 from mixcomp.progress import Bars
 from mixcomp.report import describe
 
@@ -193,6 +193,12 @@ ERRORS = {
         "ConfigError",
         "abacus",
     ),
+    "a plan of nothing": (["plan", "ORIGINAL"], "ConfigError", "--budget"),
+    "a plan to write without a budget": (["plan", "ORIGINAL", "--curve", "--out", "OUT"], "ConfigError", "--budget"),
+    "a plan of no measurement": (["plan", "ORIGINAL", "--budget", "4.4"], "ArtifactError", "measurement.json"),
+    "a measurement over other things": (["measure", "ORIGINAL", "--out", "ORIGINAL"], "ArtifactError", "did not write"),
+    "a bad option of measure": (["measure", "ORIGINAL", "--out", "OUT", "--seed", "-1"], "ConfigError", "seed"),
+    "a missing plan": (["apply", "ORIGINAL", "--plan", "absent.json", "--out", "OUT"], "ArtifactError", "absent.json"),
     "a model that is not compiled": (["inspect", "ORIGINAL"], "ArtifactError", "mixcomp"),
     "a missing text": (["eval", "ORIGINAL", "--text", "absent.txt"], "InputError", "absent.txt"),
     "too short a text": (["eval", "ORIGINAL", "--window", "150000"], "InputError", "150,000"),
@@ -320,13 +326,38 @@ def test_progress_on_a_terminal_shows_bars_time_left_and_memory() -> None:
 def test_help_needs_no_heavy_library() -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom mixcomp import cli\n"
-        "for verb in ('compile', 'eval', 'inspect', 'demo'):\n"
+        "for verb in ('compile', 'measure', 'plan', 'apply', 'eval', 'inspect', 'demo'):\n"
         "    done = CliRunner().invoke(cli.app, [verb, '--help'])\n"
         "    assert done.exit_code == 0 and '--json' in done.stdout, done.output\n"
         "print([name for name in ('torch', 'transformers', 'scipy', 'networkx') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_measure_plan_and_apply_are_compile(original: Path, compiled: Path, tmp_path: Path) -> None:
+    measured, plan, out = tmp_path / "measured", tmp_path / "plan.json", tmp_path / "out"
+    result = mixcomp("measure", original, "--out", measured, *SMALL, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["sites"] == 7
+    fixed = ["--overrides", "model.layers.0.self_attn.q_proj=8"]
+    result = mixcomp("plan", measured, "--budget", BUDGET, *fixed, "--out", plan, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["totals"]["stored_bpw"] <= BUDGET
+    assert plan.read_bytes() == (compiled / "plan.json").read_bytes()
+    shown = mixcomp("plan", measured, "--budget", "4", "--against", plan, "--curve")
+    assert shown.exit_code == 0, shown.output
+    for words in ("stored", "rows", "overlap", "predicted loss"):
+        assert words in shown.stdout
+    curve = json.loads(mixcomp("plan", measured, "--curve", "--json").stdout)["curve"]
+    assert len(curve) > 50
+    result = mixcomp(
+        "apply", original, "--plan", plan, "--measurement", measured, "--out", out, "--device", "cpu", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["run"]["calibration"]["source"].startswith("measured: ")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in compiled.iterdir()}
 
 
 def test_the_library_and_the_command_agree(original: Path, compiled: Path) -> None:

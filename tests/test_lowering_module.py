@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from formats import draw
 from lowering_cases import case
+from mixcomp.format import Scales
 from mixcomp.lowering import module as module_file
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.lowering.ops import MIXED_LINEAR, may_skip_dispatcher
@@ -154,6 +156,20 @@ def test_weight_tells_shape_dtype_and_device_and_cannot_be_computed_with() -> No
         nn.functional.linear(x(), weight)
     with pytest.raises(KeyError, match="weight"):
         layer.weight = nn.Parameter(torch.zeros(33, 70))
+
+
+@pytest.mark.parametrize("scales", Scales)
+def test_every_form_survives_casts_moves_and_copies(scales: Scales) -> None:
+    widths = torch.tensor([[1, 4, 8]] * 20 + [[2, 2, 4]] * 13, dtype=torch.uint8)
+    layer = MixedLinear(draw(widths, 70, scales=scales, scatter=True, rank=2).weight, torch.ones(33))
+    before, wanted = bytes_of(layer), layer(x())
+    assert set(layer.state_dict()) == {*layer.fmt.tensors(), "bias"}
+    assert same(bytes_of(layer.half().bfloat16().float()), before)
+    assert torch.equal(copy.deepcopy(layer)(x()), wanted)
+    filled = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+    filled.load_state_dict(layer.state_dict())
+    assert torch.equal(filled(x()), wanted)
+    assert "(1+4+8x20 2+4x13)" in repr(layer)
 
 
 def test_repr_is_one_short_line() -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from formats import Drawn, draw
 from lowering_cases import Case, case
 from mixcomp.errors import ConfigError, MixCompError
-from mixcomp.format import Segment, SiteFormat
+from mixcomp.format import NAMES, Scales, Segment, SiteFormat
 from mixcomp.lowering import ops, select
+from mixcomp.lowering.module import MixedLinear
 from mixcomp.lowering.ops import MIXED_LINEAR
 from mixcomp.lowering.select import MAX_BAG_TOKENS, MIN_BAG_COLUMNS, Path, choose_path, explain
 
@@ -111,6 +113,43 @@ def test_triton_gets_flat_activations_and_the_format(monkeypatch: pytest.MonkeyP
 def test_opcheck(dtype: torch.dtype, bias: bool) -> None:
     made = case([(9, 4), (4, 6)], 70, scatter=bias, rank=int(bias), bias=bias)
     torch.library.opcheck(MIXED_LINEAR, arguments(made, made.activations(2, 3).to(dtype)))
+
+
+def other_forms() -> list[tuple[str, Drawn]]:
+    """A site for every way to depart from the default format, each with the reason for the reference path."""
+    table = torch.tensor([[2, 4, 8]] * 5 + [[1, 1, 4]] * 4, dtype=torch.uint8)
+    rows = torch.tensor([4] * 5 + [8] * 4, dtype=torch.uint8)
+    float_group, more = Scales.FLOAT_GROUP, {"scatter": True, "rank": 2, "dyadic": True}
+    return [
+        ("several widths along a row", draw(table, 70, **more)),
+        ("float-group scales", draw(rows, 70, scales=float_group, **more)),
+        ("float-group scales", draw(table, 150, group=64, scales=float_group, **more)),
+        ("groups of 128 columns", draw(rows, 70, group=128, **more)),
+        ("rows of 1 bit", draw(torch.ones(9, dtype=torch.uint8), 70, **more)),
+    ]
+
+
+@pytest.mark.parametrize(("reason", "made"), other_forms())
+def test_what_no_fast_path_reads_goes_to_the_reference(
+    monkeypatch: pytest.MonkeyPatch, reason: str, made: Drawn
+) -> None:
+    monkeypatch.setattr(select, "triton_installed", lambda: True)
+    for device in ("cpu", "cuda"):
+        assert explain(device, torch.float16, made.weight.fmt, 1) == f"reference: no fast path reads {reason}"
+    bias = torch.arange(9) / 4
+    x = torch.randint(-4, 5, (2, 3, made.weight.fmt.columns), generator=torch.Generator().manual_seed(3)).float()
+    layer = MixedLinear(made.weight, bias)
+    wanted = (x.double() @ made.output().T + bias).float()
+    assert torch.equal(layer(x), wanted)
+    fmt, held = made.weight.fmt, [getattr(made.weight, name) for name in NAMES]
+    constants = fmt.constants(), fmt.columns
+    operands = (x, *held[:7], bias, *constants, *held[7:], fmt.group, int(fmt.scales))
+    assert torch.equal(MIXED_LINEAR(*operands), wanted)
+    torch.library.opcheck(MIXED_LINEAR, operands)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), wanted)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -16,7 +16,7 @@ import torch
 
 import laws
 import mutants
-from laws import LAWS, PASSES, Stage, digests, pool, stage
+from laws import LAWS, MAIN, PASSES, Stage, digests, pool, stage
 from mixcomp.errors import MixCompError
 from mixcomp.manager import run
 from mixcomp.program import Fact, Program
@@ -40,14 +40,14 @@ def test_law(number: int, law: Callable[[Stage], None]) -> None:
 
 def test_the_pool_absorbs_and_branches() -> None:
     """Or the laws would say nothing about either."""
-    last = [stage(blueprint, len(PASSES) - 1).after for blueprint in pool()]
+    last = [stage(blueprint, len(MAIN) - 1).after for blueprint in pool()]
     assert any(key.endswith("/column_order") for program in last for key in program.tensors)
     assert any(site.format is not None and site.format.rank for program in last for site in program.sites)
 
 
 def test_thin_weights_get_no_branch() -> None:
     """A branch as thick as the weight costs more than the weight; found by drawing small programs."""
-    assert all(s.format and not s.format.rank for s in stage(THIN, len(PASSES) - 1).after.open_sites())
+    assert all(s.format and not s.format.rank for s in stage(THIN, len(MAIN) - 1).after.open_sites())
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_pass_is_a_frozen_value(kind: type[Pass]) -> None:
 
 def test_the_pipeline_provides_what_it_requires_and_every_fact_once() -> None:
     have: set[Fact] = set()
-    for kind in PASSES:
+    for kind in MAIN:
         assert kind.requires <= have, kind.name
         assert not kind.ensures & have, kind.name
         have |= kind.ensures

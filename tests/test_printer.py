@@ -39,6 +39,17 @@ def test_lowered_program_is_printed_as_ever(golden: Golden) -> None:
     golden("lowered", render(run(decisions.decided(), [LowerLinears()], Context()), Digests.WHOLE))
 
 
+def test_mixed_program_is_printed_as_ever(golden: Golden) -> None:
+    golden("mixed", render(run(decisions.mixed(), [LowerLinears()], Context()), Digests.WHOLE))
+
+
+def test_plans_of_mixed_rows_are_printed_before_they_are_quantized() -> None:
+    program = decisions.mixed()
+    site = replace(program.site(decisions.PROJ), format=None)
+    text = body(program.with_sites({decisions.PROJ: site}))
+    assert "{1+8x4 4x4 2+8x4 float-group rows reordered}" in text
+
+
 def test_symbols_are_numbered_by_appearance_not_by_torchs_names() -> None:
     first, second = build(PLAIN), build(PLAIN)
     assert body(first) == body(second)

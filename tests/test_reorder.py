@@ -11,7 +11,8 @@ from features import Chain, Model, attention, shuffle
 from mixcomp.errors import ConfigError, PassError
 from mixcomp.format import WIDTHS
 from mixcomp.passes.coupling import Absorption, analyse, needs_index, segments_bound, taken
-from mixcomp.passes.reorder import ReorderFeatures, segments, sorted_order
+from mixcomp.passes.orders import segments, sorted_order
+from mixcomp.passes.reorder import ReorderFeatures
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context
 from programs import EVERYTHING, GATED, Blueprint, Kind, Layer, build
@@ -125,7 +126,7 @@ def test_bits_of_indices_are_known_before_widths(shape: Blueprint, seed: int, le
     """A site scatters only if ``needs_index`` said so, and then it does unless its widths need no sorting."""
     program = with_widths(build(shape), seed)
     out = reordered(program, least, shards)
-    promised = needs_index(program, analyse(program), least, shards)
+    promised = needs_index(program.sites, analyse(program), least, shards)
     assert set(promised) == {s.name for s in program.open_sites()}
     for name, index in promised.items():
         moved = out.find(name, "row_order") is not None
@@ -139,7 +140,7 @@ def test_the_default_rule() -> None:
     for rows, absorbed in ((495, False), (496, True)):
         program = gate_up_down(rows, [4] * rows, [4] * rows)
         assert bool(taken(analyse(program))) is absorbed
-        assert needs_index(program, analyse(program)) == {"gate": not absorbed, "up": not absorbed, "b": True}
+        assert needs_index(program.sites, analyse(program)) == {"gate": not absorbed, "up": not absorbed, "b": True}
 
 
 @given(st.data())

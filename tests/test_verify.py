@@ -31,8 +31,8 @@ IDS = [f"I{n:02d}" for n in range(1, 17)]
 def built(kind: str) -> Program:
     if kind == "tied":
         return build(EVERYTHING)
-    program = decisions.decided()
-    return run(program, [LowerLinears()], Context()) if kind == "lowered" else program
+    program = decisions.mixed() if kind.startswith("mixed") else decisions.decided()
+    return run(program, [LowerLinears()], Context()) if kind in ("lowered", "mixed-lowered") else program
 
 
 def base(kind: str) -> Program:
@@ -44,7 +44,7 @@ def snapshot(program: Program, mutant: Mutant, level: int) -> Snapshot | None:
     return None if mutant.alone else Snapshot.of(program, level)
 
 
-@pytest.mark.parametrize("kind", ["decided", "lowered", "tied"])
+@pytest.mark.parametrize("kind", ["decided", "lowered", "tied", "mixed", "mixed-lowered"])
 def test_sound_programs_pass(kind: str) -> None:
     program = base(kind)
     check(program, level=2)
@@ -113,7 +113,7 @@ def test_message_shows_the_line_and_its_neighbours() -> None:
 
 def test_a_broken_packer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     program = base("lowered")
-    monkeypatch.setattr(table_laws, "pack_codes", lambda codes, fmt: pack_codes(codes, fmt) ^ 128)
+    monkeypatch.setattr(table_laws, "pack_codes", lambda *args: pack_codes(*args) ^ 128)
     with pytest.raises(InvariantError, match=r"^I16: .*unpacking and packing again"):
         check(program, level=2)
 
