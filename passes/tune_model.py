@@ -22,7 +22,8 @@ from mixcomp.protocol import Context, Pass, Semantics
 class TuneModel(Pass):
     """Distil the original into the scales of the quantized model: KL(original || quantized), end to end.
 
-    Codes stay: learning them too made 4.4 bits worse.  Activations and dequantized weights of one layer at a time are
+    Codes stay: an early trial that learned them too made 4.4 bits worse.
+    Activations and dequantized weights of one layer at a time are
     alive (each layer is run again on the way back), and logits of one window.  The result is kept only if the
     divergence on calibration windows that took no part is smaller with it.
 
