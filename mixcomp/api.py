@@ -39,8 +39,8 @@ from mixcomp.protocol import Context, Pass, Progress
 if TYPE_CHECKING:
     from mixcomp.config import Budget
 
-#: tokens of the backward pass: output weights settle early, and on a CPU they cost most of the time
-GRADIENT_TOKENS = {"cpu": 8192, "cuda": 65536}
+#: tokens of backward passes, which on a CPU cost most of the time
+GRADIENT_TOKENS = {"cpu": 8192, "cuda": 1 << 18}
 DEFAULT_EFFORT = {"cpu": "fast", "cuda": "balanced"}
 #: effort -> passes that learn by gradients
 TUNING: dict[str, tuple[Pass, ...]] = {

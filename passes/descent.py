@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
-from typing import Self
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -12,45 +12,94 @@ from mixcomp.passes.tunable import Quantized
 
 WARM_UP = 10
 BETAS = (0.9, 0.95)
+#: steps before a step is recorded: libraries set themselves up in the first ones
+_BEFORE_RECORDING = 3
+GRAPH = ORDERED = True
 
 
-class Descent:
-    """``with Descent(tunables, rates, steps) as d: d.step(loss)``; tensors record gradients inside the block only.
+def descend(
+    tuned: Iterable[Quantized],
+    rates: Mapping[str, float],
+    picks: Sequence[torch.Tensor],
+    differentiate: Callable[[torch.Tensor], None],
+) -> None:
+    """Change the learned tensors of ``tuned`` by one step of Adam for each of ``picks``, int64[windows] of one size.
 
-    ``rates`` maps the names of ``Tunable.learned`` to the rate of the first full step.
+    ``rates`` maps the names of ``Tunable.learned`` to the rate of the first full step; ``differentiate(pick)`` leaves the
+    gradients of the loss of some windows in the tensors.  A step is a thousand small kernels: on a GPU it is recorded
+    once and played back, so nothing in it may wait for the GPU.  Equal calls give equal bits.
     """
+    found = [(tensor, rates[name]) for one in tuned for name, tensor in one.learned().items()]
+    tensors, device = [tensor for tensor, _ in found], found[0][0].device
+    on_gpu = device.type == "cuda"
+    groups = [
+        {"params": [t for t, own in found if own == rate], "lr": torch.zeros((), device=device), "full": rate}
+        for rate in sorted({rate for _, rate in found})
+    ]
+    # gradients of a mean over many tokens are tiny: the usual epsilon would stop small ones
+    adam = torch.optim.Adam(groups, betas=BETAS, eps=1e-20, fused=True, capturable=on_gpu)
+    pick, graph = picks[0].to(device, copy=True), None
 
-    def __init__(self, tuned: Iterable[Quantized], rates: Mapping[str, float], steps: int) -> None:
-        found = [(tensor, rates[name]) for one in tuned for name, tensor in one.learned().items()]
-        self._tensors = [tensor for tensor, _ in found]
-        same = {rate: [t for t, own in found if own == rate] for rate in sorted({rate for _, rate in found})}
-        groups = [{"params": tensors, "lr": rate, "full": rate} for rate, tensors in same.items()]
-        # gradients of a mean over many tokens are tiny: the usual epsilon would stop small ones
-        fused = self._tensors[0].is_cuda
-        self._adam = torch.optim.Adam(groups, betas=BETAS, eps=1e-20, fused=fused)
-        self._done, self._steps = 0, steps
+    def step() -> None:
+        adam.zero_grad(set_to_none=True)
+        differentiate(pick)
+        adam.step()
 
-    def step(self, loss: Callable[[], torch.Tensor]) -> None:
-        """One step down ``loss()``, which may run its own backward pass and return a tensor without a gradient."""
-        share = min(1.0, (self._done + 1) / WARM_UP) * (1 - self._done / self._steps)
-        for group in self._adam.param_groups:
-            group["lr"] = group["full"] * share
+    with ExitStack() as stack:
+        stack.enter_context(_recording_gradients(tensors))
+        if ORDERED:
+            stack.enter_context(_sums_in_order())
+        if on_gpu:
+            stack.enter_context(_own_stream(device))
+        for done, chosen in enumerate(picks):
+            share = min(1.0, (done + 1) / WARM_UP) * (1 - done / len(picks))
+            for group in adam.param_groups:
+                group["lr"].fill_(group["full"] * share)
+            pick.copy_(chosen)
+            if on_gpu and GRAPH and done == _BEFORE_RECORDING:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                    step()
+            if graph is None:
+                step()
+            else:
+                graph.replay()
+
+
+@contextmanager
+def _recording_gradients(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    for tensor in tensors:
+        tensor.requires_grad_()
+    try:
         with torch.enable_grad():
-            value = loss()
-            if value.requires_grad:
-                value.backward()
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
-        self._done += 1
-
-    def __enter__(self) -> Self:
-        for tensor in self._tensors:
-            tensor.requires_grad_()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for tensor in self._tensors:
+            yield
+    finally:
+        for tensor in tensors:
             tensor.requires_grad_(False)
             tensor.grad = None
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """A stream that can be recorded, ordered after what came before and before what comes after."""
+    outer, inner = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    inner.wait_stream(outer)
+    with torch.cuda.stream(inner):
+        yield
+    outer.wait_stream(inner)
+
+
+@contextmanager
+def _sums_in_order() -> Iterator[None]:
+    """Kernels that add in one fixed order: attention's backward pass has a faster one that does not."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    # cuBLAS is in order on one stream; torch wants to read it here all the same
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint
 
 from mixcomp.errors import CalibrationError
 from mixcomp.passes.stages import Stage, Stages, Values, split
 from mixcomp.passes.tunable import Quantized, Settled, Tunable
+from mixcomp.passes.watch import sampled_residual
 from mixcomp.program import Program
 from mixcomp.protocol import Context
 
@@ -71,6 +74,26 @@ class Teacher:
             found.append({name: values[name] for name in names})
         return found
 
+    def strengths(self, texts: Texts, draw: torch.Generator) -> Values:
+        """How strongly the loss reacts to the hidden states that layers make: |dL/dh| relative to its mean over all
+        tokens, fp32[windows, length] by name, from labels sampled from the original."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for window in texts.learn.split(texts.batch):
+            values: Values = {self.stages.tokens: window}
+            for k, part in enumerate(self.stages.parts):
+                values.update(rerun(part, values, lambda: self.weights))
+                for name in part.outputs:
+                    value = values[name]
+                    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                        continue  # a size or a mask
+                    if k == 0:
+                        value.requires_grad_()
+                    elif k in self.stages.layers:
+                        value.register_hook(partial(_note, found.setdefault(name, [])))
+            logits = values[self.stages.logits]
+            logits.backward(sampled_residual(logits.detach(), draw))
+        return {name: _relative(torch.cat(parts)) for name, parts in found.items()}
+
     def divergence(self, values: Values, weights: Mapping[str, torch.Tensor], end: Values) -> torch.Tensor:
         """KL(original || quantized) in nats a token, fp32[]: ``values`` and the original's ``end`` of one window."""
         last, name = self.stages.parts[-1], self.stages.logits
@@ -87,6 +110,25 @@ class Teacher:
         for window, end in zip(tokens.split(1), ends, strict=True):
             total += float(self.divergence(self.stages.forward(weights, window), weights, end))
         return total / len(tokens)
+
+
+def rerun(part: Stage, values: Values, weights: Callable[[], Mapping[str, torch.Tensor]]) -> Values:
+    """``part.run``, run again on the way back so that nothing inside it stays alive, the making of weights included."""
+
+    def run(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(part.run(dict(zip(part.inputs, given, strict=True)), weights()).values())
+
+    # nothing here draws random numbers, and asking for the generator's state would wait for the GPU
+    made = checkpoint(run, *(values[name] for name in part.inputs), use_reentrant=False, preserve_rng_state=False)
+    return dict(zip(part.outputs, made, strict=True))
+
+
+def _note(found: list[torch.Tensor], gradient: torch.Tensor) -> None:
+    found.append(gradient.float().norm(dim=-1))
+
+
+def _relative(norms: torch.Tensor) -> torch.Tensor:
+    return norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def tunables(

@@ -28,10 +28,11 @@ class Feedback:
     """What GPTQ needs to know of the inputs: shared by all sites that read the same activation.
 
     order int64[columns]: columns in the order of rounding, whole groups, most energetic first.
-    factor fp32[columns, columns]: U in that order.  damping: the relative damping that made H factor.
+    hessian, factor fp32[columns, columns]: H and U in that order.  damping: the relative damping that made H factor.
     """
 
     order: torch.Tensor
+    hessian: torch.Tensor
     factor: torch.Tensor
     damping: float
 
@@ -59,7 +60,7 @@ def feedback(sigma: torch.Tensor, name: str) -> Feedback:
             inverse = torch.cholesky_inverse(lower)
             upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(info) == 0 and bool(torch.isfinite(upper).all()):
-                return Feedback(order, upper.float(), damping)
+                return Feedback(order, damped.float(), upper.float(), damping)
         damping *= 10
     raise WeightError(f"{name}: second moments do not factor even with {MAX_DAMPING:g} x damping")
 
@@ -91,7 +92,7 @@ def gptq(tasks: Sequence[Task]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
     left = torch.stack([t.weight.T[t.known.order] for t in tasks])  # [tasks, columns, rows]
     factor = torch.stack([t.known.factor for t in tasks])
-    steps, offsets, tops = (torch.stack(part) for part in zip(*map(_numbers, tasks), strict=True))
+    steps, offsets, tops = (torch.stack(part) for part in zip(*map(numbers, tasks), strict=True))
     columns, zero = left.shape[1], torch.zeros_like(left[:, 0])
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     loss = torch.zeros_like(zero)
@@ -108,16 +109,16 @@ def gptq(tasks: Sequence[Task]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         codes[:, start:stop] = block
         loss += errors.square().sum(1)
         left[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
-    return [(_restore(own, t.known.order), lost) for own, lost, t in zip(codes, loss, tasks, strict=True)]
+    return [(restore(own, t.known.order), lost) for own, lost, t in zip(codes, loss, tasks, strict=True)]
 
 
-def _numbers(task: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def numbers(task: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Steps, offsets and largest codes, each fp32[blocks of 32 columns in rounding order, rows]."""
     blocks, grid = task.known.order[::GROUP] // GROUP, task.grid
     return grid.steps()[:, blocks].T, grid.offsets()[:, blocks].T, grid.top()[:, blocks].T
 
 
-def _restore(codes: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def restore(codes: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Codes uint8[columns in rounding order, rows] -> uint8[rows, columns]."""
     out = torch.empty_like(codes)
     out[order] = codes

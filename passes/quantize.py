@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 
 from mixcomp.float_grid import FloatGrid, fit_float
-from mixcomp.format import Scales, SiteFormat
+from mixcomp.format import GROUP, Scales, SiteFormat
 from mixcomp.packed import pack_codes, pack_scales, pack_zeros
 from mixcomp.passes.gptq import Task, feedback, gptq
+from mixcomp.passes.refine import refine
 from mixcomp.passes.stacks import Stack, batches, stack
 from mixcomp.profiles import layout
 from mixcomp.program import Fact, Program, Site
@@ -20,7 +21,7 @@ from mixcomp.quant import Grid, concatenate, fit_mixed
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Fit scales, round with GPTQ, pack.
+    """Fit scales, round with GPTQ, improve both by coordinate descent, pack.
 
     Columns stand in the order an absorbed permutation gave them, so groups form in that order; rows are independent, so
     they are quantized in their original order and permuted when they are packed.
@@ -43,14 +44,13 @@ class QuantizeWeights(Pass):
         for batch in context.track("quantize", batches(program, context.device, 1)):
             stacks = [stack(program, *one, context.device) for one in batch]
             grids = [[_fit(program, site, w, rows) for site, w in rows.split(rows.weight)] for rows in stacks]
-            rounded = gptq(
-                [
-                    Task(rows.weight, concatenate(own), feedback(rows.sigma, rows.sites[0].name))
-                    for rows, own in zip(stacks, grids, strict=True)
-                ]
-            )
-            for rows, own, (codes, _) in zip(stacks, grids, rounded, strict=True):
-                for (site, part), grid in zip(rows.split(codes), own, strict=True):
+            tasks = [
+                Task(rows.weight, concatenate(own), feedback(rows.sigma, rows.sites[0].name))
+                for rows, own in zip(stacks, grids, strict=True)
+            ]
+            better = refine(tasks, [codes for codes, _ in gptq(tasks)], [_scales(own) for own in grids])
+            for rows, own, (codes, scales) in zip(stacks, grids, better, strict=True):
+                for (site, part), grid in zip(rows.split(codes), _rescaled(own, scales), strict=True):
                     sites[site.name], stored = _pack(program, site, part, grid)
                     tensors.update({f"{site.name}/{key}": value for key, value in stored.items()})
         return program.with_sites(sites).with_tensors(tensors)
@@ -61,6 +61,19 @@ def _fit(program: Program, site: Site, weight: torch.Tensor, rows: Stack) -> Gri
     group, scales = program.stored_form(site)
     fit = fit_mixed if scales is Scales.TWO_LEVEL else fit_float
     return fit(weight, rows.sigma.diagonal(), widths, site.name, group)
+
+
+def _scales(grids: list[Grid | FloatGrid]) -> torch.Tensor | None:
+    """Group scales of stacked rows that ``refine`` may change."""
+    found = [grid.scales for grid in grids if isinstance(grid, Grid) and grid.group == GROUP]
+    return torch.cat(found) if len(found) == len(grids) else None
+
+
+def _rescaled(grids: list[Grid | FloatGrid], scales: torch.Tensor | None) -> list[Grid | FloatGrid]:
+    if scales is None:
+        return grids
+    parts = scales.split([len(grid.widths) for grid in grids])
+    return [replace(grid, scales=part) for grid, part in zip(grids, parts, strict=True)]
 
 
 def _pack(

@@ -26,7 +26,7 @@ Fixed = tuple[tuple[str, int], ...]
 STRATEGIES: dict[str, tuple[Callable[[int], tuple[Pass, ...]], Callable[[Budget, Fixed], Assignment]]] = {
     "joint": (lambda _: (AnnotateSalience(),), AssignPrecision),
     "uniform": (lambda _: (AnnotateSalience(),), lambda budget, fixed: AssignPrecision(budget, fixed, "uniform")),
-    "mixllm": (lambda tokens: (ScoreFeatures(tokens=tokens),), AssignFeatures),
+    "mixllm": (lambda tokens: (ScoreFeatures(tokens=min(tokens, ScoreFeatures.tokens)),), AssignFeatures),
     "slim": (lambda _: (KeepSamples(),), AssignBlocks),
     "amlq": (lambda _: (), AssignMixes),
 }

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
 
-from mixcomp.passes.descent import Descent
+from mixcomp.passes.descent import descend
 from mixcomp.passes.distill import Teacher, Texts, tunables
 from mixcomp.passes.stages import Values
 from mixcomp.passes.tunable import Quantized, stored_tensors
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass, Semantics
+
+
+POWER = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class TuneBlocks(Pass):
 
     def _layers(self, program: Program, teacher: Teacher, texts: Texts, context: Context) -> dict[str, torch.Tensor]:
         stages, out = teacher.stages, dict[str, torch.Tensor]()
+        strengths = teacher.strengths(texts, context.generator(self.name, "labels")) if POWER else {}
         given: Values = {}
         exact: Values = {}
         for k in context.track("tune blocks", stages.layers):
@@ -63,7 +66,7 @@ class TuneBlocks(Pass):
             wanted = self._through(teacher, k, teacher.weights, exact, texts)
             tuned = tunables(program, context.device, part, rounding=True)
             if any(one.learned() for one in tuned.values()):
-                batches = _Batches(teacher, k, texts, given, wanted, _importance(program, part.sites, wanted))
+                batches = _Batches(teacher, k, texts, given, wanted, _importance(program, part.sites, wanted), strengths)
                 self._learn(tuned, batches, context.generator(self.name, str(k)))
                 out.update(stored_tensors(tuned))
             weights = {name: one.weight().detach() for name, one in tuned.items()}
@@ -72,10 +75,8 @@ class TuneBlocks(Pass):
 
     def _learn(self, tuned: Mapping[str, Quantized], batches: _Batches, draw: torch.Generator) -> None:
         rates = {"place": self.place_rate, "ratio": self.ratio_rate, "group": self.group_rate}
-        with Descent(tuned.values(), rates, self.steps) as descent:
-            for _ in range(self.steps):
-                pick = torch.randperm(batches.count, generator=draw)[: batches.texts.batch]
-                descent.step(partial(batches.loss, tuned, pick))
+        picks = [torch.randperm(batches.count, generator=draw)[: batches.texts.batch] for _ in range(self.steps)]
+        descend(tuned.values(), rates, picks, lambda pick: batches.loss(tuned, pick).backward())
 
     @torch.no_grad()
     def _through(
@@ -101,6 +102,7 @@ class _Batches:
     given: Values
     wanted: Values
     importance: torch.Tensor | None
+    strengths: Values
 
     @property
     def count(self) -> int:
@@ -114,7 +116,10 @@ class _Batches:
         total = torch.zeros((), device=self.texts.learn.device)
         for name in made.keys() & self.wanted.keys():
             error = (made[name].float() - self.wanted[name][rows].float()).square()
-            total = total + (error if self.importance is None else error * self.importance).mean()
+            error = error if self.importance is None else error * self.importance
+            if name in self.strengths:
+                error = error * self.strengths[name][rows, :, None] ** POWER
+            total = total + error.mean()
         return total
 
 

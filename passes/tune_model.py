@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from mixcomp.passes.descent import Descent
-from mixcomp.passes.distill import Teacher, Texts, tunables
+from mixcomp.passes.descent import descend
+from mixcomp.passes.distill import Teacher, Texts, rerun, tunables
 from mixcomp.passes.stages import Values
 from mixcomp.passes.tunable import Quantized, stored_tensors
 from mixcomp.program import Fact, Program
@@ -49,44 +47,48 @@ class TuneModel(Pass):
         tuned = tunables(program, context.device, rounding=False)
         if not any(one.learned() for one in tuned.values()):
             return program
-        ends, held = teacher.ends(texts.learn), teacher.ends(texts.held)
+        held = teacher.ends(texts.held)
         before = teacher.distance(tuned, texts.held, held)
-        draw, order = context.generator(self.name), torch.empty(0, dtype=torch.int64)
-        with Descent(tuned.values(), {"ratio": self.ratio_rate, "group": self.group_rate}, self.steps) as descent:
-            for _ in context.track("tune model", range(self.steps)):
-                if len(order) < texts.batch:
-                    order = torch.randperm(len(texts.learn), generator=draw)
-                pick, order = order[: texts.batch], order[texts.batch :]
-                descent.step(partial(_differentiate, teacher, tuned, texts.learn[pick], [ends[i] for i in pick]))
+        rates = {"ratio": self.ratio_rate, "group": self.group_rate}
+        picks = self._picks(texts, context.generator(self.name))
+        ends = _stacked(teacher.ends(texts.learn))
+        descend(
+            tuned.values(), rates, picks,
+            lambda pick: _differentiate(teacher, tuned, texts.learn[pick], {n: v[pick] for n, v in ends.items()}),
+        )  # fmt: skip
         changed = program.with_tensors(stored_tensors(tuned))
         after = teacher.distance(tunables(changed, context.device, rounding=False), texts.held, held)
         return changed if after < before else program
 
+    def _picks(self, texts: Texts, draw: torch.Generator) -> list[torch.Tensor]:
+        """Windows of every step: all of them once, in random order, before any of them again."""
+        picks, order = [], torch.empty(0, dtype=torch.int64)
+        for _ in range(self.steps):
+            if len(order) < texts.batch:
+                order = torch.randperm(len(texts.learn), generator=draw)
+            picks.append(order[: texts.batch])
+            order = order[texts.batch :]
+        return picks
 
-def _differentiate(
-    teacher: Teacher, tuned: Mapping[str, Quantized], tokens: torch.Tensor, ends: list[Values]
-) -> torch.Tensor:
-    """Gradients of the mean divergence over some windows; returns it."""
+
+def _stacked(windows: list[Values]) -> Values:
+    return {name: torch.cat([one[name] for one in windows]) for name in windows[0]}
+
+
+def _differentiate(teacher: Teacher, tuned: Mapping[str, Quantized], tokens: torch.Tensor, ends: Values) -> None:
+    """Gradients of the mean divergence over some windows."""
     stages = teacher.stages
     values: Values = {stages.tokens: tokens}
     for part in stages.parts[:-1]:
-
-        def run(*given: torch.Tensor, part=part) -> tuple[torch.Tensor, ...]:  # type: ignore[no-untyped-def]
-            weights = {name: tuned[name].weight() for name in part.sites}
-            return tuple(part.run(dict(zip(part.inputs, given, strict=True)), weights).values())
-
-        made = checkpoint(run, *(values[name] for name in part.inputs), use_reentrant=False)
-        values.update(zip(part.outputs, made, strict=True))
+        values.update(rerun(part, values, lambda part=part: {name: tuned[name].weight() for name in part.sites}))
     names = stages.live(len(stages.parts) - 1)
     cut = {name: values[name].detach().requires_grad_() for name in names}
     last = {name: tuned[name].weight() for name in stages.parts[-1].sites}
     leaves = {name: weight.detach().requires_grad_() for name, weight in last.items()}
-    total = torch.zeros((), device=tokens.device)
-    for i, end in enumerate(ends):
-        window = {**values, **{name: value[i : i + 1] for name, value in cut.items()}}
-        loss = teacher.divergence(window, leaves, end) / len(ends)
-        loss.backward()
-        total += loss.detach()
+    for i in range(len(tokens)):
+        one = slice(i, i + 1)
+        window = {**values, **{name: value[one] for name, value in cut.items()}}
+        loss = teacher.divergence(window, leaves, {name: value[one] for name, value in ends.items()})
+        (loss / len(tokens)).backward()
     roots = [*(values[name] for name in names), *last.values()]
     torch.autograd.backward(roots, [*(cut[name].grad for name in names), *(leaf.grad for leaf in leaves.values())])
-    return total

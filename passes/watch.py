@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -72,12 +73,24 @@ def logits_of(output: Any) -> torch.Tensor:
     return logits
 
 
-def resize(batches: tuple[torch.Tensor, ...], tokens: int, samples: int | None = None) -> list[torch.Tensor]:
-    """Cut batches so that none holds more than ``tokens`` (one sample at least); stop after ``samples``."""
-    out: list[torch.Tensor] = []
-    left = samples if samples is not None else sum(len(b) for b in batches)
-    for batch in batches:
-        batch = batch[:left]
-        left -= len(batch)
-        out.extend(b for b in batch.split(max(1, tokens // max(batch.shape[1], 1))) if len(b))
-    return out
+def sampled_residual(logits: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Gradient of the summed loss at the logits, ``p - onehot(label)``, with labels drawn from p itself."""
+    shape = logits.shape
+    out = torch.empty_like(logits).view(-1, shape[-1])
+    uniform = torch.rand(out.shape[0], generator=draw, dtype=torch.float64).to(logits.device)
+    flat = logits.reshape(-1, shape[-1])
+    for start in range(0, out.shape[0], 512):  # fp32 probabilities of 512 tokens at a time
+        p = torch.softmax(flat[start : start + 512].float(), -1)
+        edge = uniform[start : start + 512, None].float() * p.sum(-1, keepdim=True)
+        label = torch.searchsorted(p.cumsum(-1), edge).clamp_(max=shape[-1] - 1)
+        out[start : start + 512] = p.scatter_add_(-1, label, torch.full_like(edge, -1.0)).to(out.dtype)
+    return out.view(shape)
+
+
+def regroup(windows: Sequence[torch.Tensor], tokens: int) -> list[torch.Tensor]:
+    """Windows int64[1, length] as batches of neighbours of one length, none of more than ``tokens`` if it can be."""
+    return [
+        batch
+        for length, run in groupby(windows, lambda w: w.shape[1])
+        for batch in torch.cat(list(run)).split(max(1, tokens // max(length, 1)))
+    ]

@@ -8,7 +8,7 @@ import torch
 import decisions
 from mixcomp.lowering.lower import packed_weight
 from mixcomp.lowering.reference import dequantize
-from mixcomp.passes.descent import Descent
+from mixcomp.passes.descent import descend
 from mixcomp.passes.tunable import MARGIN, Tunable
 from mixcomp.program import Program, Site
 from mixcomp.quant import group_columns
@@ -58,9 +58,8 @@ def test_codes_go_where_they_are_pushed_and_no_further() -> None:
     program = decisions.decided()
     one = Tunable.of(program, program.site(decisions.FLAT), CPU, rounding=True)
     before = one.weight().detach().clone()
-    with Descent([one], {"place": 0.2, "ratio": 0.0, "group": 0.0}, 30) as descent:
-        for _ in range(30):
-            descent.step(lambda: -one.weight().sum())
+    picks = [torch.arange(1)] * 30
+    descend([one], {"place": 0.2, "ratio": 0.0, "group": 0.0}, picks, lambda _: (-one.weight().sum()).backward())
     assert not any(t.requires_grad for t in one.learned().values())
     assert (one.weight() >= before).all()
     assert (one.weight() > before).any()
@@ -73,9 +72,8 @@ def test_what_is_stored_is_what_was_used() -> None:
     site = program.site(decisions.PROJ)
     one = Tunable.of(program, site, CPU, rounding=True)
     target = torch.randn(site.rows, site.columns, generator=torch.Generator().manual_seed(1))
-    with Descent([one], {"place": 0.05, "ratio": 0.01, "group": 0.2}, 20) as descent:
-        for _ in range(20):
-            descent.step(lambda: (one.weight() - target).square().mean())
+    rates, picks = {"place": 0.05, "ratio": 0.01, "group": 0.2}, [torch.arange(1)] * 20
+    descend([one], rates, picks, lambda _: (one.weight() - target).square().mean().backward())
     changed = program.with_tensors({f"{site.name}/{key}": value for key, value in one.stored().items()})
     assert not torch.equal(changed.tensor(site.name, "codes"), program.tensor(site.name, "codes"))
     # the factor is rounded to fp16 on the way
