@@ -43,6 +43,8 @@ from mixcomp.passes.decision import Decision, Decisions
 from mixcomp.program import Fact, Program, Site
 
 NOISE = (0.25, 1.0, 2.0, 4.0)
+#: a KL near the rounding of fp32 is no reason to starve a site
+MOST_CORRECTION = 8.0
 SHARES = (0.03, 0.1, 0.3, 1.0)
 
 
@@ -218,7 +220,14 @@ class Bench:
 
 def _at_width(setting: Setting, program: Program, width: int) -> Program:
     """All sites quantized to one width; the rows stay where they are."""
-    made = {s.name: Decision(torch.full((s.rows,), width, dtype=torch.uint8)) for s in program.open_sites()}
+    return _quantized(
+        setting, program, {s.name: torch.full((s.rows,), width, dtype=torch.uint8) for s in program.open_sites()}
+    )
+
+
+def _quantized(setting: Setting, program: Program, widths: Mapping[str, torch.Tensor]) -> Program:
+    """Sites quantized to widths uint8[rows], whatever they take."""
+    made = {name: Decision(own) for name, own in widths.items()}
     index = needs_index(program.sites, analyse(program))
     decided = Decisions(made, ceiling=1 << 60).write(program, index, "stored")
     decided = replace(decided, facts=decided.facts | {Fact.ASSIGNED})
@@ -241,8 +250,10 @@ def groups_of(sites: tuple[Site, ...]) -> dict[str, set[str]]:
 
 
 def corrections(shop: Shop, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor | float]:
-    """Factors fp64[rows, 1] on losses that make predictions of singles right."""
-    ratio = {row["single"]: max(row["kl"], 1e-12) / max(row["predicted"], 1e-12) for row in rows if "single" in row}
+    """Factors fp64[rows, 1] on losses that make predictions of singles right, within ``MOST_CORRECTION`` either way."""
+    singles = [row for row in rows if "single" in row and row["predicted"] > 0]
+    ratio = {row["single"]: row["kl"] / row["predicted"] for row in singles}
+    ratio = {name: min(max(found, 1 / MOST_CORRECTION), MOST_CORRECTION) for name, found in ratio.items()}
     out: dict[str, torch.Tensor | float] = {"joint": 1.0}
     for name, key in (("by site", lambda s: f"site {s.name}"), ("by kind", lambda s: f"kind {kind_of(s.name)}")):
         if all(key(s) in ratio for s in shop.sites):
