@@ -59,7 +59,7 @@ class TuneModel(Pass):
                 pick, order = order[: texts.batch], order[texts.batch :]
                 descent.step(partial(_differentiate, teacher, tuned, texts.learn[pick], [ends[i] for i in pick]))
         changed = program.with_tensors(stored_tensors(tuned))
-        after = teacher.distance(tunables(changed, context.device, rounding=False), texts.held, held)
+        after = teacher.distance(changed, texts.held, held)
         return changed if after < before else program
 
 
