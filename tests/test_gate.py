@@ -157,7 +157,7 @@ def test_other_errors_of_rivals_are_not_hidden(monkeypatch: pytest.MonkeyPatch) 
 def test_rivals_keep_the_widths_that_the_user_set() -> None:
     model = compiled(5.0, effort="balanced", overrides={"re:.*down_proj": 5})
     assert [row["reason"] for row in model.mixcomp.report["gate"]] == [None] * len(STRATEGIES)
-    all_set = compiled(5.3, effort="balanced", overrides={"re:.*": 5})
+    all_set = compiled(5.4, effort="balanced", overrides={"re:.*": 5})
     rows = all_set.mixcomp.report["gate"]
     assert len({row["kl"] for row in rows}) == 1, "nothing is left to decide"
     assert [row["strategy"] for row in rows if row["kept"]] == ["joint"], "equal ones: joint"
