@@ -17,14 +17,12 @@ from mixcomp.clock import Clock
 from mixcomp.config import CompileConfig, MeasureConfig
 from mixcomp.errors import ConfigError, InputError, MismatchError
 from mixcomp.fingerprint import Identity
+from mixcomp.gate import QUANTIZING, RIVALS, Gate
 from mixcomp.lowering.lower import LowerLinears, write_back
 from mixcomp.measurement import Measurement
 from mixcomp.passes import (
     CollectStatistics,
     FollowPlan,
-    InsertSideBranch,
-    QuantizeWeights,
-    ReorderFeatures,
     TuneBlocks,
     TuneModel,
 )
@@ -79,8 +77,8 @@ def compile(
         budget: hard ceiling on stored bits of the weights in scope: ``4.4``, ``"4.4bpw"``, ``"3.9GB"`` or a ``Budget``.
         calibration: strings, token tensors, batches, a text file, or None for the bundled text.
         tokenizer: for calibration text; without one, tokens are sampled from the model itself.
-        strategy: ``"joint"``; ``"uniform"``, the baseline at the same stored bits; ``"mixllm"``, ``"slim"`` and ``"amlq"``
-            decide as the papers of those names do.
+        strategy: ``"joint"``, which has to pass a gate, see below; ``"uniform"``, the baseline at the same stored bits;
+            ``"mixllm"``, ``"slim"`` and ``"amlq"`` decide as the papers of those names do.
         effort: ``"fast"``: statistics and GPTQ; ``"balanced"``, the default on a GPU, also learns rounding and scales
             layer by layer; ``"best"`` then learns all scales together from the original's predictions.  Each stage is
             kept only if it helps on calibration windows that it did not see.
@@ -93,6 +91,11 @@ def compile(
         copy: leave ``model`` alone and return a compiled copy.
         progress: called with (stage, done, total).
 
+    The gate: about a quarter of the calibration windows, eight at most, only judge.  On them the quantized plans of joint
+    and of its rivals at the same budget (``"uniform"``; beyond ``effort="fast"`` all other strategies) are scored by
+    KL(original || quantized) before anything is learned by gradients, and the best is what you get: its plan names the
+    winner's strategy, ``model.mixcomp.report["strategy"]`` what was asked for, and ``report["gate"]`` is the table.
+
     Raises:
         MixCompError: bad options, budget out of range, a model that cannot be captured, unusable calibration text.
     """
@@ -101,15 +104,23 @@ def compile(
         activations=activations, seed=seed, samples=samples, length=length, min_coverage=min_coverage,
     )  # fmt: skip
     run = _Run.start(model, config, config.alone, copy, progress)
-    fixed = config.fixed(s.name for s in run.program.open_sites())
-    measuring, deciding = passes_of(config.strategy, config.budget, tuple(sorted(fixed.items())), run.gradient_tokens)
+    fixed = tuple(sorted(config.fixed(s.name for s in run.program.open_sites()).items()))
+    measuring, deciding = passes_of(config.strategy, config.budget, fixed, run.gradient_tokens)
     bounds = deciding.limits(run.program)
     bounds.require(config.budget.bits(bounds.weights), str(config.budget))  # before any calibration
     identity = run.identify()
     text = run.calibrate(config, calibration, tokenizer)
-    program = run.passes(run.program, (run.statistics, *measuring, deciding))
-    plan = record(program.sites, run.couplings, Decisions.read(program), config, text.source, identity.fingerprint)
-    return run.finish(program, config, plan, {"source": text.source, "tokens": text.tokens})
+    measured = run.passes(run.program, (run.statistics, *measuring))
+    gate = Gate(run.passes(measured, (deciding, *QUANTIZING)), config.strategy)
+    if config.strategy == "joint":
+        names = RIVALS[run.effort(config)]
+        rivals = {name: passes_of(name, config.budget, fixed, run.gradient_tokens) for name in names}
+        with run.clock.stage("gate"):
+            gate.run(measured, rivals, run.context)
+    won = replace(config, strategy=gate.strategy)
+    plan = record(gate.kept.sites, run.couplings, Decisions.read(gate.kept), won, text.source, identity.fingerprint)
+    source = {"source": text.source, "tokens": text.tokens}
+    return run.finish(gate.kept, won, plan, source, strategy=config.strategy, gate=gate.rows)
 
 
 def measure(
@@ -196,7 +207,7 @@ def apply(
             )
         source = {"source": f"measured: {measured.calibration}", "tokens": 0}
         run.context = Context(run.device, (), config.seed, run.clock.progress)
-    return run.finish(run.passes(run.program, followed), config, plan, source)
+    return run.finish(run.passes(run.program, (*followed, *QUANTIZING)), config, plan, source)
 
 
 def _plan(given: object) -> Plan:
@@ -261,7 +272,8 @@ class _Run:
                 calibration, tokenizer=tokenizer, model=self.target, samples=config.samples, length=config.length,
                 seed=config.seed, device=self.device,
             )  # fmt: skip
-        self.context = Context(self.device, text.batches, config.seed, self.clock.progress)
+        batches, held = text.split()
+        self.context = Context(self.device, batches, config.seed, self.clock.progress, held)
         return text
 
     @property
@@ -293,14 +305,15 @@ class _Run:
         return "fast"
 
     def finish(
-        self, program: Program, config: CompileConfig, plan: Plan, calibration: dict[str, Any]
+        self, program: Program, config: CompileConfig, plan: Plan, calibration: dict[str, Any], **found: Any
     ) -> torch.nn.Module:
-        """Quantize a program whose widths are assigned, and swap the modules in."""
-        quantizing = (ReorderFeatures(), QuantizeWeights(), InsertSideBranch(), *TUNING[self.effort(config)])
-        program = self.passes(program, (*quantizing, LowerLinears()))
+        """Tune a quantized program, and swap the modules in."""
+        program = self.passes(program, (*TUNING[self.effort(config)], LowerLinears()))
         with self.clock.stage("write back"):
             write_back(program, self.target)
-        report = self.clock.report(self.device, calibration)
+        held = self.context.held
+        calibration |= {"held_windows": sum(map(len, held)), "held_tokens": sum(b.numel() for b in held)}
+        report = self.clock.report(self.device, calibration) | {"strategy": config.strategy, "gate": []} | found
         self.target.mixcomp = Compiled(replace(plan, measurement=None), report)  # type: ignore[assignment]
         return self.target
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from mixcomp.protocol import Context
 
 #: (samples, length) of calibration windows where none are asked for
 DEFAULT_SHAPE = {"cpu": (48, 512), "gpu": (128, 2048)}
+#: windows kept back, at most
+HELD = 8
 #: keys a batch may hold besides ``input_ids``: none of them changes what the model computes
 HARMLESS_KEYS = frozenset({"input_ids", "attention_mask", "labels", "token_type_ids"})
 _FORMS = "give texts, token tensors, batches with input_ids, or the path of a text file"
@@ -32,6 +35,26 @@ class Calibration:
     def tokens(self) -> int:
         """Tokens of all batches together."""
         return sum(b.numel() for b in self.batches)
+
+    def split(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Batches to measure and learn from, and those kept back to judge.
+
+        Of the windows of the commonest length (by tokens) an even spread is kept back: about a quarter, one at least
+        and eight at most; a single window is not.
+        """
+        lengths = Counter(b.shape[1] for b in self.batches for _ in b)
+        common = max(lengths, key=lambda n: (lengths[n] * n, n))
+        count = lengths[common]
+        every = max(2, min(count, max(4, -(-count // HELD))))
+        places = torch.arange(count) % every == every - 1
+        learn, held = [], []
+        for batch in self.batches:
+            kept = torch.zeros(len(batch), dtype=torch.bool)
+            if batch.shape[1] == common:
+                kept, places = places.tensor_split([len(batch)])
+            learn.append(batch[~kept])
+            held.append(batch[kept])
+        return tuple(b for b in learn if len(b)), tuple(b for b in held if len(b))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Heavy libraries are imported when a verb runs, so ``--help`` is immediate.
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -313,7 +314,7 @@ def _saved(compiled: Any, out: Path, tokenizer: Any, progress: Progress) -> Answ
 
     def show(console: Console) -> None:
         facts.print(console, sites=False)
-        console.print(f"saved       {out}", markup=False, highlight=False, soft_wrap=True)
+        print_lines(console, chain(report.gate_lines(run), [f"saved       {out}"]))
 
     return Answer({"folder": str(out), "run": run} | facts.to_json(), show)
 

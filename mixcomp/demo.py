@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixcomp.errors import InputError
+from mixcomp.report import gate_lines
 
 if TYPE_CHECKING:
     from mixcomp.evaluate import Evaluation
@@ -43,9 +44,9 @@ class Demonstration:
     model: str
     note: str | None
     report: Report
+    run: dict[str, Any]
     scores: Evaluation
     sentences: tuple[str, str]
-    seconds: float
     folder: Path
     report_file: Path
 
@@ -54,10 +55,11 @@ class Demonstration:
             "model": self.model,
             "note": self.note,
             "sizes": self.report.to_json()["totals"],
+            "gate": self.run["gate"],
             "evaluation": self.scores.to_json(),
             "sentence_before": self.sentences[0],
             "sentence_after": self.sentences[1],
-            "compile_seconds": self.seconds,
+            "compile_seconds": self.run["seconds"],
             "folder": str(self.folder),
             "report": str(self.report_file),
         }
@@ -69,7 +71,8 @@ class Demonstration:
         if self.note:
             yield self.note
         yield from self.report.summary()
-        yield f"compiled    in {self.seconds:.0f} s"
+        yield from gate_lines(self.run)
+        yield f"compiled    in {self.run['seconds']:.0f} s"
         yield f"perplexity  {scores.reference_ppl:.3f} before, {scores.ppl:.3f} after"
         yield f"            {scores.tokens:,} tokens of the bundled evaluation text, windows of {scores.window}"
         yield f"KL          {scores.kl:.4f} nats per token; top-1 agreement {100 * (scores.top1 or 0):.1f} %"
@@ -96,15 +99,9 @@ def run(name: str | None, budget: float | str, out: Path, device: str, progress:
         raise InputError(f"model {folder!r} has no tokenizer beside it; the demonstration writes text, so it needs one")
     size = SIZES["cpu" if device == "cpu" else "gpu"]
     longest = TokenLimits.of(original).positions or sys.maxsize
-    samples, length = size.calibration
+    count, length = size.calibration
     compiled: Any = api.compile(
-        original,
-        budget=budget,
-        tokenizer=tokenizer,
-        samples=samples,
-        length=min(length, longest),
-        copy=True,
-        progress=progress,
+        original, budget, tokenizer=tokenizer, samples=count, length=min(length, longest), copy=True, progress=progress
     )
     facts = report.describe(compiled)
     limit, window = size.evaluation
@@ -113,11 +110,9 @@ def run(name: str | None, budget: float | str, out: Path, device: str, progress:
     sentences = (_write(original, tokenizer), _write(compiled, tokenizer))
     target, report_file = out / "model", out / "report.json"
     artifact.save(compiled, target, tokenizer=tokenizer)
-    seconds = float(compiled.mixcomp.report["seconds"])
     note = GRID_NOTE if name is None else None
-    result = Demonstration(
-        name or "SmolLM2-135M-Instruct", note, facts, scores, sentences, seconds, target, report_file
-    )
+    found = dict(compiled.mixcomp.report)
+    result = Demonstration(name or "SmolLM2-135M-Instruct", note, facts, found, scores, sentences, target, report_file)
     write_atomic(report_file, json.dumps(result.to_json() | {"details": facts.to_json()}, indent=1) + "\n")
     return result
 

@@ -39,13 +39,15 @@ def silent(_what: str, _done: int, _total: int) -> None:
 class Context:
     """Everything a pass may know besides the program.
 
-    ``batches`` are calibration tokens, int64[samples, length] each; ``device`` is where heavy work runs.
+    ``batches`` are calibration tokens, int64[samples, length] each; ``device`` is where heavy work runs.  ``held`` are
+    windows kept back from ``batches``: nothing is measured on them and nothing learned, they only judge.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batches: tuple[torch.Tensor, ...] = ()
     seed: int = 0
     progress: Progress = silent
+    held: tuple[torch.Tensor, ...] = ()
 
     def track(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
         """Yield ``items``, reporting before each one how many are done, and at last that all are."""

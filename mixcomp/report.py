@@ -188,6 +188,18 @@ def describe(model: torch.nn.Module) -> Report:
     )
 
 
+def gate_lines(run: Mapping[str, Any]) -> Iterator[str]:
+    """The gate's table of a run's report, for people; nothing where there was no gate."""
+    if run["gate"]:
+        tokens = run["calibration"]["held_tokens"]
+        yield f"gate        KL from the original in nats a token, on {tokens:,} calibration tokens kept back"
+    for row in run["gate"]:
+        bits, kl = row["stored_bits_per_weight"], row["kl"]
+        found = [] if bits is None else [f"{bits:.4f} bits per weight"]
+        found += [row["reason"].partition(";")[0] if kl is None else f"{kl:.4g}", *(["kept"] if row["kept"] else [])]
+        yield f"            {row['strategy']:<8} " + "   ".join(found)
+
+
 def _row(name: str, module: MixedLinear, plan: Plan, dtype: torch.dtype) -> SiteRow:
     from mixcomp.lowering.select import choose_path
 

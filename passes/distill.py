@@ -19,8 +19,6 @@ from mixcomp.protocol import Context
 
 #: tokens of one step of descent
 STEP_TOKENS = 16384
-#: windows that no gradient sees: they decide whether the result is kept
-HELD = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,20 +30,16 @@ class Texts:
 
     @classmethod
     def of(cls, context: Context) -> Texts:
-        """Windows of the commonest length; every eighth, eight at most, is kept back."""
-        lengths = [b.shape[1] for b in context.batches for _ in b]
-        common = max(set(lengths), key=lambda n: (lengths.count(n) * n, n), default=0)
-        windows = [b for b in context.batches if b.shape[1] == common]
-        count = sum(map(len, windows))
-        if count < 2:
+        """Those of the length of the windows that calibration kept back."""
+        if not context.held:
+            count = sum(map(len, context.batches))
             raise CalibrationError(
-                f"tuning by gradients got {count} calibration window(s) of one length; give at least 2, "
-                f'or effort="fast"'
+                f"tuning by gradients got {count} calibration window(s), none of them kept back to judge by; give at "
+                f'least 2 of one length, or effort="fast"'
             )
-        tokens = torch.cat(windows).to(context.device)
-        every = max(2, count // HELD)
-        held = torch.arange(len(tokens), device=tokens.device) % every == every - 1
-        return cls(tokens[~held], tokens[held])
+        held = torch.cat(context.held)
+        windows = [b for b in context.batches if b.shape[1] == held.shape[1]]
+        return cls(torch.cat(windows).to(context.device), held.to(context.device))
 
     @property
     def batch(self) -> int:
@@ -68,11 +62,8 @@ class Teacher:
     def ends(self, tokens: torch.Tensor) -> list[Values]:
         """What the last part reads, one window after another."""
         names = self.stages.live(len(self.stages.parts) - 1)
-        found = []
-        for window in tokens.split(1):
-            values = self.stages.forward(self.weights, window)
-            found.append({name: values[name] for name in names})
-        return found
+        found = (self.stages.forward(lambda _: self.weights, window)[0] for window in tokens.split(1))
+        return [{name: values[name] for name in names} for values in found]
 
     def strengths(self, texts: Texts, draw: torch.Generator) -> Values:
         """How strongly the loss reacts to the hidden states that layers make: |dL/dh| relative to its mean over all
@@ -103,13 +94,20 @@ class Teacher:
         return kl_div(found, wanted, reduction="sum", log_target=True) / (found.numel() // found.shape[-1])
 
     @torch.no_grad()
-    def distance(self, tuned: Mapping[str, Quantized], tokens: torch.Tensor, ends: Sequence[Values]) -> float:
-        """Mean divergence over windows."""
-        weights = {name: one.weight() for name, one in tuned.items()}
-        total = 0.0
-        for window, end in zip(tokens.split(1), ends, strict=True):
-            total += float(self.divergence(self.stages.forward(weights, window), weights, end))
-        return total / len(tokens)
+    def distance(
+        self, quantized: Program | Mapping[str, Quantized], tokens: torch.Tensor, ends: Sequence[Values]
+    ) -> float:
+        """Mean divergence over windows; weights exist for one part at a time, and so do a program's unpacked codes."""
+
+        def weights(part: Stage) -> dict[str, torch.Tensor]:
+            own = quantized
+            if isinstance(own, Program):
+                own = tunables(own, tokens.device, part, rounding=False)
+            return {name: own[name].weight() for name in part.sites}
+
+        found = self.stages.forward(weights, tokens)
+        last = weights(self.stages.parts[-1])
+        return sum(float(self.divergence(v, last, end)) for v, end in zip(found, ends, strict=True)) / len(tokens)
 
 
 def rerun(part: Stage, values: Values, weights: Callable[[], Mapping[str, torch.Tensor]]) -> Values:

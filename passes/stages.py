@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,12 +51,22 @@ class Stages:
         """Numbers of the parts that are decoder layers."""
         return range(1, len(self.parts) - 1)
 
-    def forward(self, weights: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> Values:
-        """All values up to what the last part reads; tokens int64[samples, length]."""
-        values = {self.tokens: tokens}
-        for part in self.parts[:-1]:
-            values.update(part.run(values, weights))
-        return values
+    def forward(self, weights: Callable[[Stage], Mapping[str, torch.Tensor]], tokens: torch.Tensor) -> list[Values]:
+        """What the last part reads, for each window of tokens int64[samples, length] by itself.
+
+        All windows go through a part before the next one: ``weights`` are asked for once a part, and only what later
+        parts read stays alive.
+        """
+        found: list[Values] = [{self.tokens: window} for window in tokens.split(1)]
+        for k, part in enumerate(self.parts[:-1], start=1):
+            own = weights(part)
+            needed = {name for later in self.parts[k:] for name in later.inputs}
+            for values in found:
+                values.update(part.run(values, own))
+                for name in values.keys() - needed:
+                    del values[name]
+            del own  # before the next part's are made
+        return found
 
     def live(self, part: int) -> tuple[str, ...]:
         """Values made in layers before ``part`` and still needed by it or a later part: the hidden state, as a rule."""

@@ -51,9 +51,7 @@ class TuneBlocks(Pass):
         teacher, texts = Teacher.of(program), Texts.of(context)
         changed = program.with_tensors(self._layers(program, teacher, texts, context))
         ends = teacher.ends(texts.held)
-        before, after = (
-            teacher.distance(tunables(p, context.device, rounding=False), texts.held, ends) for p in (program, changed)
-        )
+        before, after = (teacher.distance(p, texts.held, ends) for p in (program, changed))
         return changed if after < before else program
 
     def _layers(self, program: Program, teacher: Teacher, texts: Texts, context: Context) -> dict[str, torch.Tensor]:

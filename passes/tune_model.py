@@ -57,7 +57,7 @@ class TuneModel(Pass):
             lambda pick: _differentiate(teacher, tuned, texts.learn[pick], {n: v[pick] for n, v in ends.items()}),
         )  # fmt: skip
         changed = program.with_tensors(stored_tensors(tuned))
-        after = teacher.distance(tunables(changed, context.device, rounding=False), texts.held, held)
+        after = teacher.distance(changed, texts.held, held)
         return changed if after < before else program
 
     def _picks(self, texts: Texts, draw: torch.Generator) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,22 @@ def tokens_of(calibration: Calibration) -> list[list[list[int]]]:
     assert all(b.dtype == torch.long for b in calibration.batches)
     assert calibration.tokens == sum(b.numel() for b in calibration.batches)
     return [b.tolist() for b in calibration.batches]
+
+
+@given(st.integers(1, 150), st.integers(0, 3))
+def test_some_windows_are_kept_back(count: int, others: int) -> None:
+    windows, short = torch.arange(3 * count).view(count, 3), torch.full((others, 2), -1)
+    given_batches = (windows[: count // 2], short, windows[count // 2 :])
+    learn, held = Calibration(tuple(b for b in given_batches if len(b)), "").split()
+    firsts = [row[0] for batch in (*learn, *held) for row in batch.tolist() if row[0] >= 0]
+    kept = [row[0] // 3 for batch in held for row in batch.tolist()]
+    assert sorted(firsts) == list(range(0, 3 * count, 3)), "every window is on one side"
+    assert sum(len(b) for b in learn if b.shape[1] == 2) == others or count * 3 < others * 2
+    if 3 * count > 2 * others:
+        assert len(kept) == 0 if count == 1 else 1 <= len(kept) <= min(8, max(1, count // 4))
+        assert count < 32 or len(kept) >= 6
+        assert len({b - a for a, b in itertools.pairwise(kept)}) <= 1, "evenly spread"
+    assert all(len(batch) for batch in (*learn, *held))
 
 
 @given(st.integers(1, 12), st.integers(2, 30), st.integers(0, 300))

@@ -75,7 +75,9 @@ def test_compile_prints_one_object_and_nothing_else(first: tuple[Path, subproces
     assert "peak" in done.stderr
     assert found["folder"] == str(folder)
     assert found["totals"]["stored_bpw"] <= BUDGET
-    assert found["run"]["calibration"]["tokens"] == 128
+    assert {"tokens": 128, "held_windows": 1, "held_tokens": 32}.items() <= found["run"]["calibration"].items()
+    assert [row["strategy"] for row in found["run"]["gate"]] == ["joint", "uniform"]
+    assert sum(row["kept"] for row in found["run"]["gate"]) == 1
     fixed = next(site for site in found["sites"] if site["name"] == "model.layers.0.self_attn.q_proj")
     assert fixed["widths"] == {"8": 64}
 
@@ -277,10 +279,10 @@ def test_demo_tells_the_whole_story(original: Path, tmp_path: Path, monkeypatch:
 def test_demo_takes_a_model_of_ones_own(
     original: Path, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compile_at_once(model: Any, **options: Any) -> Any:
+    def compile_at_once(model: Any, _budget: Any, **options: Any) -> Any:
         assert options["length"] == 128, "no longer than the model's positions"
         loaded = artifact.load(compiled)
-        loaded.mixcomp = Compiled(loaded.mixcomp.plan, {"seconds": 1.0})
+        loaded.mixcomp = Compiled(loaded.mixcomp.plan, {"seconds": 1.0, "gate": []})
         return loaded
 
     monkeypatch.setattr(api, "compile", compile_at_once)

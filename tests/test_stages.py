@@ -37,10 +37,12 @@ def test_the_weights_handed_in_are_the_ones_used() -> None:
     program = capture(families.build("gpt2"))
     stages = split(program)
     zero = {site.name: torch.zeros(site.rows, site.columns) for site in program.open_sites()}
-    before = stages.forward({site.name: program.weight(site) for site in program.open_sites()}, TOKENS)
-    after = stages.forward(zero, TOKENS)
+    own = {site.name: program.weight(site) for site in program.open_sites()}
+    before, after = (stages.forward(lambda _, w=w: w, TOKENS) for w in (own, zero))
     (end,) = stages.live(len(stages.parts) - 1)
-    assert not torch.equal(before[end], after[end])
+    assert len(before) == len(after) == len(TOKENS)
+    assert not any(torch.equal(one[end], two[end]) for one, two in zip(before, after, strict=True))
+    assert set(before[0]) == set(stages.parts[-1].inputs), "what nothing reads any more is dropped"
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 
 import families
 from mixcomp import manager
+from mixcomp.calibration import Calibration
 from mixcomp.capture import capture
 from mixcomp.config import Budget
 from mixcomp.errors import CalibrationError
@@ -29,7 +30,8 @@ def tokens(samples: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 128, (samples, 64), generator=torch.Generator().manual_seed(seed))
 
 
-CONTEXT = Context(CPU, (tokens(96, 0),), 0)
+LEARN, HELD = Calibration((tokens(96, 0),), "").split()
+CONTEXT = Context(CPU, LEARN, held=HELD)
 
 
 @lru_cache(maxsize=4)
@@ -86,7 +88,8 @@ def test_windows_kept_back_are_not_learned_from() -> None:
     assert (len(texts.learn), len(texts.held)) == (88, 8)
     rows = {tuple(row) for row in texts.learn.tolist()}
     assert not any(tuple(row) in rows for row in texts.held.tolist())
-    mixed = Texts.of(Context(CPU, (tokens(6, 0), tokens(3, 1)[:, :9]), 0))
+    learn, held = Calibration((tokens(6, 0), tokens(3, 1)[:, :9]), "").split()
+    mixed = Texts.of(Context(CPU, learn, held=held))
     assert mixed.learn.shape[1] == mixed.held.shape[1] == 64
 
 
@@ -105,5 +108,5 @@ def test_forms_of_the_papers_stay_as_they_are() -> None:
     logits = manager.run(program, (LowerLinears(),), CONTEXT).graph_module(ids).logits
     stages = Teacher.of(program).stages
     weights = {name: one.weight() for name, one in settled.items()}
-    found = stages.parts[-1].run(stages.forward(weights, ids), weights)[stages.logits]
-    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+    found = [stages.parts[-1].run(v, weights)[stages.logits] for v in stages.forward(lambda _: weights, ids)]
+    torch.testing.assert_close(torch.cat(found), logits, rtol=1e-4, atol=1e-5)
