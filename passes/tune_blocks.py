@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,40 +13,44 @@ import torch
 from mixcomp.passes.descent import Descent
 from mixcomp.passes.distill import Teacher, Texts, tunables
 from mixcomp.passes.stages import Values
-from mixcomp.passes.tunable import Quantized, stored_tensors
-from mixcomp.program import Fact, Program
+from mixcomp.passes.tunable import Quantized, Settled, Tunable, stored_tensors
+from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass, Semantics
 
 
 @dataclass(frozen=True)
-class TuneBlocks(Pass):
-    """Learn rounding, group scales and row factors of one layer after another.
+class LayerByLayer(Pass):
+    """Learn numbers of stored weights by gradients, one decoder layer after another.
 
     A layer's inputs come from the quantized layers before it, its targets from the original model; the squared error of
-    every output feature counts by ``gamma``, how strongly the loss reacts to it (BRECQ's and AdaRound's problem, Adam
-    instead of a regularizer).  The new codes and scales are kept only if KL(original || quantized) on calibration
-    windows that took no part is smaller with them.
-
-    Before: stored tensors.  After, the same layouts with other numbers::
-
-        layers.0.q_proj/{codes, scales, factors}   learned
+    every output feature counts by ``gamma``, how strongly the loss reacts to it.  What was learned is kept only if
+    KL(original || quantized) on calibration windows that took no part is smaller with it; a program without a site to
+    learn comes back as it is.
 
     Options:
         steps: of Adam per layer; rates fall linearly to 0.
-        place_rate, ratio_rate, group_rate: first step in cells of the grid, of the row factor's logarithm, and in units
-            of the group scale.
     """
 
-    name: ClassVar[str] = "tune-blocks"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.STATISTICS, Fact.BRANCHED})
     semantics: ClassVar[Semantics] = Semantics.LOSSY
 
     steps: int = 250
-    place_rate: float = 3e-3
-    ratio_rate: float = 1e-3
-    group_rate: float = 2e-2
+
+    @abstractmethod
+    def learns(self, site: Site) -> bool:
+        """Whether the form a site is stored in is one that this pass learns."""
+
+    @abstractmethod
+    def tunable(self, program: Program, site: Site, device: torch.device) -> Quantized:
+        """What is learned of a site, at its start."""
+
+    @abstractmethod
+    def rates(self) -> dict[str, float]:
+        """First full step of every learned tensor."""
 
     def run(self, program: Program, context: Context) -> Program:
+        if not any(map(self.learns, program.open_sites())):
+            return program
         teacher, texts = Teacher.of(program), Texts.of(context)
         changed = program.with_tensors(self._layers(program, teacher, texts, context))
         ends = teacher.ends(texts.held)
@@ -58,10 +63,10 @@ class TuneBlocks(Pass):
         stages, out = teacher.stages, dict[str, torch.Tensor]()
         given: Values = {}
         exact: Values = {}
-        for k in context.track("tune blocks", stages.layers):
+        for k in context.track(self.name.replace("-", " "), stages.layers):
             part = stages.parts[k]
             wanted = self._through(teacher, k, teacher.weights, exact, texts)
-            tuned = tunables(program, context.device, part, rounding=True)
+            tuned = {name: self._start(program, program.site(name), context.device) for name in part.sites}
             if any(one.learned() for one in tuned.values()):
                 batches = _Batches(teacher, k, texts, given, wanted, _importance(program, part.sites, wanted))
                 self._learn(tuned, batches, context.generator(self.name, str(k)))
@@ -70,9 +75,11 @@ class TuneBlocks(Pass):
             given, exact = self._through(teacher, k, weights, given, texts), wanted
         return out
 
+    def _start(self, program: Program, site: Site, device: torch.device) -> Quantized:
+        return self.tunable(program, site, device) if self.learns(site) else Settled.of(program, site, device)
+
     def _learn(self, tuned: Mapping[str, Quantized], batches: _Batches, draw: torch.Generator) -> None:
-        rates = {"place": self.place_rate, "ratio": self.ratio_rate, "group": self.group_rate}
-        with Descent(tuned.values(), rates, self.steps) as descent:
+        with Descent(tuned.values(), self.rates(), self.steps) as descent:
             for _ in range(self.steps):
                 pick = torch.randperm(batches.count, generator=draw)[: batches.texts.batch]
                 descent.step(partial(batches.loss, tuned, pick))
@@ -89,6 +96,38 @@ class TuneBlocks(Pass):
             for name in teacher.stages.live(k + 1):
                 found.setdefault(name, []).append(values[name])
         return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@dataclass(frozen=True)
+class TuneBlocks(LayerByLayer):
+    """Learn rounding, group scales and row factors of one layer after another.
+
+    BRECQ's and AdaRound's problem, Adam instead of a regularizer.
+
+    Before: stored tensors.  After, the same layouts with other numbers::
+
+        layers.0.q_proj/{codes, scales, factors}   learned
+
+    Options:
+        steps: see ``LayerByLayer``.
+        place_rate, ratio_rate, group_rate: first step in cells of the grid, of the row factor's logarithm, and in units
+            of the group scale.
+    """
+
+    name: ClassVar[str] = "tune-blocks"
+
+    place_rate: float = 3e-3
+    ratio_rate: float = 1e-3
+    group_rate: float = 2e-2
+
+    def learns(self, site: Site) -> bool:
+        return site.layout.departure is None
+
+    def tunable(self, program: Program, site: Site, device: torch.device) -> Quantized:
+        return Tunable.of(program, site, device, rounding=True)
+
+    def rates(self) -> dict[str, float]:
+        return {"place": self.place_rate, "ratio": self.ratio_rate, "group": self.group_rate}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -55,8 +55,10 @@ BOTTOM = {
 }
 PASS_MODULES = {
     "assign_blocks", "assign_features", "assign_mixes", "follow", "keep_samples", "precision", "quantize", "reorder",
-    "salience", "score_features", "side_branch", "statistics", "tune_blocks", "tune_model",
+    "salience", "score_features", "side_branch", "statistics", "tune_blocks", "tune_clipping", "tune_model",
 }  # fmt: skip
+#: a pass that is another's loop with other unknowns
+KIN = {("passes.tune_clipping", "passes.tune_blocks")}
 #: where passes are put in a row
 LISTS = {"passes", "passes.strategies"}
 
@@ -158,7 +160,7 @@ def is_arrow_allowed(arrow: Import) -> bool:
         return source in ABOVE_API
     if area == "passes":
         helper = inside(target, "passes") and target.partition(".")[2] not in PASS_MODULES
-        return target in FOR_PASSES or helper or source in LISTS
+        return target in FOR_PASSES or helper or source in LISTS or (source, target) in KIN
     if area == "lowering":
         lazily = inside(target, "kernels") and not arrow.eager
         return target in FOR_LOWERING or inside(target, "lowering") or lazily

@@ -1,0 +1,44 @@
+"""tune-clipping: where float-group ranges are clipped, by gradients of the error of each decoder layer's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from mixcomp.format import Scales
+from mixcomp.passes.clipping import Clipped
+from mixcomp.passes.tune_blocks import LayerByLayer
+from mixcomp.passes.tunable import Quantized
+from mixcomp.program import Program, Site
+
+
+@dataclass(frozen=True)
+class TuneClipping(LayerByLayer):
+    """SliM-LLM+: learn both ends of every range of float-group scales, one layer after another.
+
+    (Huang et al., ICML 2025, section 3.4: OmniQuant's learnable clipping on SliM-LLM's widths.)  Kept only if
+    KL(original || quantized) on windows that took no part is smaller with it.
+
+    Before: stored tensors.  After, the same layouts with other numbers::
+
+        layers.0.q_proj/{codes, factors, zeros}   learned
+
+    Options:
+        steps: see ``LayerByLayer``.
+        rate: first step in the argument of a sigmoid that is half at the start; a quarter of it moves an end by as much.
+    """
+
+    name: ClassVar[str] = "tune-clipping"
+
+    rate: float = 1e-3
+
+    def learns(self, site: Site) -> bool:
+        return site.layout.scales is Scales.FLOAT_GROUP
+
+    def tunable(self, program: Program, site: Site, device: torch.device) -> Quantized:
+        return Clipped.of(program, site, device)
+
+    def rates(self) -> dict[str, float]:
+        return {"upper": self.rate, "lower": self.rate}
