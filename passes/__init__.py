@@ -16,8 +16,8 @@
 
 ``strategies`` lists what other strategies put in place of the second and third.
 
-No pass imports another pass (tune-clipping has the loop of tune-blocks); ``gptq``, ``allocate``, ``planner``, ``coupling``, ``orders``, ``directions``, ``stacks`` and
-others are mathematics they share.
+No pass imports another pass, but for tune-clipping, which has the loop of tune-blocks; ``gptq``, ``allocate``, ``planner``,
+``coupling``, ``orders``, ``directions``, ``stacks`` and others are mathematics they share.
 """
 
 from mixcomp.passes.follow import FollowPlan

@@ -2,11 +2,15 @@
 
     high, low = high_0 * (sigmoid(upper) + 1/2), low_0 * (sigmoid(lower) + 1/2)      per row and group
     factor    = fp16((high + low) / (2^b - 1))                   8 bits: high / 127;    1 bit: high
-    zero      = clamp(round(low / factor), 0, 2^b - 1)
-    weight    = (clamp(round(place / factor) + zero, 0, 2^b - 1) - zero) * factor       1 bit: shift +- factor
+    weight    = level * factor                                   1 bit: shift +- factor
 
-OmniQuant's learnable clipping (Shao et al. 2024, section 3.2), as SliM-LLM+ uses it: roundings pass gradients straight
-through, here with the factor and the zero rounded as they will be stored.
+Levels stay as GPTQ left them, or are rounded anew for every range:
+
+    zero      = clamp(round(low / factor), 0, 2^b - 1)
+    level     = clamp(round(place / factor) + zero, 0, 2^b - 1) - zero
+
+The second is OmniQuant's learnable clipping (Shao et al. 2024, section 3.2) as SliM-LLM+ uses it.  Roundings pass
+gradients straight through, here with the factor and the zero rounded as they will be stored.
 """
 
 from __future__ import annotations
@@ -28,15 +32,17 @@ class Clipped:
     """One quantized float-group site, rows and columns in stored order.
 
     What is learned: ``upper`` and ``lower`` fp32[rows, groups], 0 at the start, where ``high`` and ``low`` are the ends of
-    the stored ranges.  ``place`` fp32[rows, groups, group] is what is rounded anew at every step, ``shift`` the middle of
-    groups of one bit.
+    the stored ranges.  ``zero`` fp32[rows, groups, 1] and ``level`` fp32[rows, groups, group] are the stored ones;
+    ``place``, of the same shape, is rounded anew at every step, or None.  ``shift`` is the middle of groups of one bit.
     ``rows`` and ``columns`` are int64 positions in stored order of every output and input feature, None where nothing
     moved; ``branch`` fp32[rows, columns] is the side branch's product, which stays.
     """
 
     fmt: SiteFormat
     dtype: torch.dtype
-    place: torch.Tensor
+    zero: torch.Tensor
+    level: torch.Tensor
+    place: torch.Tensor | None
     shift: torch.Tensor
     high: torch.Tensor
     low: torch.Tensor
@@ -49,8 +55,11 @@ class Clipped:
     lower: torch.Tensor
 
     @classmethod
-    def of(cls, program: Program, site: Site, device: torch.device) -> Clipped:
-        """The stored state of a quantized site as the start, places as close to the original as its codes allow."""
+    def of(cls, program: Program, site: Site, device: torch.device, *, anew: bool) -> Clipped:
+        """The stored state of a quantized site as the start; ``anew``: round again for every range.
+
+        Places lie as close to the original weights as the stored codes allow.
+        """
         fmt = site.layout
         stored = PackedWeight.from_tensors(fmt, {k: program.tensor(site.name, k).to(device) for k in fmt.tensors()})
         widths, factors = stored.group_widths(), stored.factors.float()
@@ -62,14 +71,20 @@ class Clipped:
             order = program.find(site.name, what)
             weight = weight if order is None else weight.index_select(axis, order.to(device))
             positions.append(None if order is None else order.to(device).argsort())
-        step = torch.where(ones, 2 * factors, factors)[..., None]
-        offset = torch.where(ones, 0.5 - shift / (2 * factors), torch.where(symmetric, 128, zeros))[..., None]
-        exact = group_columns(weight, fmt.group) / step + offset
         codes = group_columns(stored.unpacked()[:, : fmt.columns].float(), fmt.group)
+        zero = torch.where(symmetric, 128.0, zeros.float())[..., None]
+        place = None
+        if anew:
+            step = torch.where(ones, 2 * factors, factors)[..., None]
+            offset = torch.where(ones[..., None], 0.5 - shift[..., None] / step, zero)
+            exact = group_columns(weight, fmt.group) / step + offset
+            place = (nearest_place(exact, codes, top[..., None]) - offset) * step
         return cls(
             fmt=fmt,
             dtype=site.weight.dtype,
-            place=(nearest_place(exact, codes, top[..., None]) - offset) * step,
+            zero=zero,
+            level=torch.where(ones[..., None], 2 * codes - 1, codes - zero),
+            place=place,
             shift=shift,
             high=factors * torch.where(symmetric, 127, top - zeros),
             low=torch.where(ones | symmetric, 0.0, factors * zeros),
@@ -112,6 +127,8 @@ class Clipped:
         high, low = self.high * (self.upper.sigmoid() + 0.5), self.low * (self.lower.sigmoid() + 0.5)
         exact = (high + low)[..., None] / torch.where(symmetric, 127, top)
         factor, least = _straight(exact, _stored(exact)), torch.zeros_like(top)
+        if self.place is None:
+            return factor, self.zero, self.level
         zero = torch.where(symmetric, 128, _round(low[..., None] / factor).clamp(least, top))
         level = (_round(self.place / factor) + zero).clamp(least, top) - zero
         return factor, zero, torch.where(ones, torch.where(self.place >= self.shift[..., None], 1, -1), level)

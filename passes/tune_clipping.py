@@ -9,8 +9,8 @@ import torch
 
 from mixcomp.format import Scales
 from mixcomp.passes.clipping import Clipped
-from mixcomp.passes.tune_blocks import LayerByLayer
 from mixcomp.passes.tunable import Quantized
+from mixcomp.passes.tune_blocks import LayerByLayer
 from mixcomp.program import Program, Site
 
 
@@ -27,18 +27,21 @@ class TuneClipping(LayerByLayer):
 
     Options:
         steps: see ``LayerByLayer``.
-        rate: first step in the argument of a sigmoid that is half at the start; a quarter of it moves an end by as much.
+        rate: first step in the argument of a sigmoid that is half at the start; a quarter of it moves an end by as much
+            of itself.
+        anew: round weights again for every range, as the paper does, instead of keeping codes and zeros.
     """
 
     name: ClassVar[str] = "tune-clipping"
 
-    rate: float = 1e-3
+    rate: float = 1e-2
+    anew: bool = False
 
     def learns(self, site: Site) -> bool:
         return site.layout.scales is Scales.FLOAT_GROUP
 
     def tunable(self, program: Program, site: Site, device: torch.device) -> Quantized:
-        return Clipped.of(program, site, device)
+        return Clipped.of(program, site, device, anew=self.anew)
 
     def rates(self) -> dict[str, float]:
         return {"upper": self.rate, "lower": self.rate}

@@ -29,7 +29,7 @@ UP, DOWN = "layers.0.up", "layers.0.down"
 
 @pytest.fixture(scope="module")
 def slim() -> Program:
-    """Blocks of 1, 2 and 3 bits, the last one short; ``up`` and ``gate`` have other rows too, and ``down`` takes their order."""
+    """Blocks of 1, 2 and 3 bits, the last one short; ``up`` and ``gate`` have other rows too, which ``down`` follows."""
     program = build(MODEL)
     with torch.no_grad():
         program.graph_module.get_parameter("embed.weight")[:, 64:130].mul_(30)
@@ -59,15 +59,15 @@ def pushed(one: Clipped, site: Site, rate: float = 0.2, steps: int = 12) -> None
             descent.step(lambda: (one.weight() - target).square().mean())
 
 
-def starts_as_stored(program: Program, site: Site) -> None:
-    one = Clipped.of(program, site, CPU)
+def starts_as_stored(program: Program, site: Site, anew: bool = True) -> None:
+    one = Clipped.of(program, site, CPU, anew=anew)
     assert torch.equal(one.weight(), natural(program, site))
     for key, tensor in one.stored().items():
         assert torch.equal(tensor, program.tensor(site.name, key)), key
 
 
-def stored_is_what_was_used(program: Program, site: Site) -> None:
-    one = Clipped.of(program, site, CPU)
+def stored_is_what_was_used(program: Program, site: Site, anew: bool = True) -> None:
+    one = Clipped.of(program, site, CPU, anew=anew)
     pushed(one, site)
     changed = program.with_tensors({f"{site.name}/{key}": value for key, value in one.stored().items()})
     assert not torch.equal(changed.tensor(site.name, "factors"), program.tensor(site.name, "factors"))
@@ -76,12 +76,24 @@ def stored_is_what_was_used(program: Program, site: Site) -> None:
     assert packed_weight(changed, site).stored_bits() == site.layout.stored_bits()
 
 
-def test_it_starts_as_what_is_stored(case: tuple[Program, Site]) -> None:
-    starts_as_stored(*case)
+@pytest.mark.parametrize("anew", [False, True])
+def test_it_starts_as_what_is_stored(case: tuple[Program, Site], anew: bool) -> None:
+    starts_as_stored(*case, anew)
 
 
-def test_what_is_stored_is_what_was_used(case: tuple[Program, Site]) -> None:
-    stored_is_what_was_used(*case)
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_is_stored_is_what_was_used(case: tuple[Program, Site], anew: bool) -> None:
+    stored_is_what_was_used(*case, anew)
+
+
+def test_codes_and_zeros_stay_unless_they_are_rounded_anew(case: tuple[Program, Site]) -> None:
+    program, site = case
+    for anew in (False, True):
+        one = Clipped.of(program, site, CPU, anew=anew)
+        pushed(one, site)
+        found = one.stored()
+        same = [torch.equal(found[key], program.tensor(site.name, key)) for key in ("codes", "zeros") if key in found]
+        assert all(same) is not anew
 
 
 def test_the_cases_hold_every_kind_of_group(slim: Program) -> None:
@@ -91,15 +103,18 @@ def test_the_cases_hold_every_kind_of_group(slim: Program) -> None:
     assert all(s.layout.scales is Scales.FLOAT_GROUP for s in slim.open_sites())
 
 
-def by_hand(one: Clipped, upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+def by_hand(one: Clipped, anew: bool, upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     """The weight in stored order, fp64, without a rounding or a clamp: what they did is added as a constant."""
-    widths, x, shift = one.widths[..., None], one.place.double(), one.shift.double()[..., None]
+    widths, shift = one.widths[..., None], one.shift.double()[..., None]
     ones, symmetric, top = widths == 1, widths == 8, torch.exp2(widths.double()) - 1
     high = (one.high.double() * (upper.sigmoid() + 0.5))[..., None]
     low = (one.low.double() * (lower.sigmoid() + 0.5))[..., None]
     exact = (high + low) / torch.where(symmetric, 127.0, top)
     factor = exact + (exact.half().double() - exact).detach()
-    zero = (low / factor).detach().round()
+    if not anew:
+        return shift + one.level.double() * factor
+    assert one.place is not None
+    x, zero = one.place.double(), (low / factor).detach().round()
     fixed = zero.clamp(min=0).minimum(top)
     zero = torch.where(zero == fixed, low / factor + (zero - low / factor).detach(), fixed)
     zero = torch.where(symmetric, 128.0, zero)
@@ -111,15 +126,15 @@ def by_hand(one: Clipped, upper: torch.Tensor, lower: torch.Tensor) -> torch.Ten
     return torch.where(ones, shift + torch.where(x >= shift, factor, -factor), asked)
 
 
-def gradients_are_those_of_the_formula(program: Program, site: Site) -> None:
-    one = Clipped.of(program, site, CPU)
+def gradients_are_those_of_the_formula(program: Program, site: Site, anew: bool = True) -> None:
+    one = Clipped.of(program, site, CPU, anew=anew)
     pushed(one, site, steps=3)
     push = torch.randn(site.rows, site.columns, generator=torch.Generator().manual_seed(0))
     for tensor in one.learned().values():
         tensor.requires_grad_()
     got = torch.autograd.grad((one.weight() * push).sum(), list(one.learned().values()))
     leaves = [tensor.detach().double().requires_grad_() for tensor in one.learned().values()]
-    weight = by_hand(one, *leaves).flatten(1)[:, : site.columns]
+    weight = by_hand(one, anew, *leaves).flatten(1)[:, : site.columns]
     weight = weight if one.rows is None else weight[one.rows]
     weight = weight if one.columns is None else weight[:, one.columns]
     side = 0.0 if one.branch is None else (one.branch if one.rows is None else one.branch[one.rows])
@@ -128,12 +143,13 @@ def gradients_are_those_of_the_formula(program: Program, site: Site) -> None:
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().mean()) + 1e-9)
 
 
-def test_gradients_pass_straight_through(case: tuple[Program, Site]) -> None:
-    gradients_are_those_of_the_formula(*case)
+@pytest.mark.parametrize("anew", [False, True])
+def test_gradients_pass_straight_through(case: tuple[Program, Site], anew: bool) -> None:
+    gradients_are_those_of_the_formula(*case, anew)
 
 
 def test_a_bit_keeps_its_middle_and_learns_its_reach(slim: Program) -> None:
-    one = Clipped.of(slim, slim.site(UP), CPU)
+    one = Clipped.of(slim, slim.site(UP), CPU, anew=True)
     ones = one.widths == 1
     assert ones.any()
     torch.testing.assert_close(one.high[ones], slim.tensor(UP, "factors").float()[ones])
