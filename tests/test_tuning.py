@@ -67,6 +67,7 @@ def test_both_passes_bring_the_model_closer(family: str) -> None:
     assert [s.format for s in model.sites] == [s.format for s in start.sites]
 
 
+@torch.no_grad()
 def first_layer_error(program: Program) -> float:
     """Weighted as it is learned, by gamma of the layer's last linear; its inputs are the original's."""
     teacher, texts = Teacher.of(program), Texts.of(CONTEXT)
