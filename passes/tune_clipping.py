@@ -21,6 +21,11 @@ class TuneClipping(LayerByLayer):
     (Huang et al., ICML 2025, section 3.4: OmniQuant's learnable clipping on SliM-LLM's widths.)  Kept only if
     KL(original || quantized) on windows that took no part is smaller with it.
 
+    The paper rounds anew for every range, from plain rounding on.  That lost to GPTQ's codes in short runs: the first two
+    layers of SmolLM2-135M, 40 steps of 1024 tokens a layer, KL on other windows, N = 3: 0.0917 before, 0.0848 with codes
+    kept, 0.1249 rounded anew from GPTQ's codes, 0.2330 from plain rounding; N = 2: 0.525 before, 0.449 with codes kept.
+    The paper takes 50 epochs over 128 samples; that many were not tried.
+
     Before: stored tensors.  After, the same layouts with other numbers::
 
         layers.0.q_proj/{codes, factors, zeros}   learned
