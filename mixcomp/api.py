@@ -24,6 +24,7 @@ from mixcomp.passes import (
     CollectStatistics,
     FollowPlan,
     TuneBlocks,
+    TuneClipping,
     TuneModel,
 )
 from mixcomp.passes.coupling import Couplings, analyse
@@ -40,12 +41,14 @@ if TYPE_CHECKING:
 #: tokens of backward passes, which on a CPU cost most of the time
 GRADIENT_TOKENS = {"cpu": 8192, "cuda": 1 << 18}
 DEFAULT_EFFORT = {"cpu": "fast", "cuda": "balanced"}
-#: effort -> passes that learn by gradients
+#: effort -> passes that learn two-level scales by gradients
 TUNING: dict[str, tuple[Pass, ...]] = {
     "fast": (),
     "balanced": (TuneBlocks(),),
     "best": (TuneBlocks(), TuneModel()),
 }
+#: strategy -> what learns its float-group scales, at any effort but fast
+CLIPPING: dict[str, tuple[Pass, ...]] = {name: (TuneClipping(),) for name in ("slim", "amlq")}
 
 
 def compile(
@@ -80,8 +83,9 @@ def compile(
         strategy: ``"joint"``, which has to pass a gate, see below; ``"uniform"``, the baseline at the same stored bits;
             ``"mixllm"``, ``"slim"`` and ``"amlq"`` decide as the papers of those names do.
         effort: ``"fast"``: statistics and GPTQ; ``"balanced"``, the default on a GPU, also learns rounding and scales
-            layer by layer; ``"best"`` then learns all scales together from the original's predictions.  Each stage is
-            kept only if it helps on calibration windows that it did not see.
+            layer by layer; ``"best"`` then learns all scales together from the original's predictions.  For ``slim`` and
+            ``amlq`` both learn where ranges are clipped (SliM-LLM+).  Each stage is kept only if it helps on calibration
+            windows that it did not see.
         include, exclude: site names or patterns (``"re:..."``) to add to the decoder's linears or leave out.
         overrides: pattern -> width in bits (16 leaves the site alone).
         activations: ``"native"``: the model's own dtype.
@@ -308,7 +312,8 @@ class _Run:
         self, program: Program, config: CompileConfig, plan: Plan, calibration: dict[str, Any], **found: Any
     ) -> torch.nn.Module:
         """Tune a quantized program, and swap the modules in."""
-        program = self.passes(program, (*TUNING[self.effort(config)], LowerLinears()))
+        tuning = TUNING[self.effort(config)] and CLIPPING.get(plan.options["strategy"], TUNING[self.effort(config)])
+        program = self.passes(program, (*tuning, LowerLinears()))
         with self.clock.stage("write back"):
             write_back(program, self.target)
         held = self.context.held

@@ -6,6 +6,7 @@ a mean distance from it.  As in ``quant``, the search uses what will be read bac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,16 +53,22 @@ class FloatGrid:
 
 
 def fit_float(
-    weight: torch.Tensor, energy: torch.Tensor, widths: torch.Tensor, site: str, group: int = GROUP
+    weight: torch.Tensor,
+    energy: torch.Tensor,
+    widths: torch.Tensor,
+    site: str,
+    group: int = GROUP,
+    ratios: Sequence[float] = (),
 ) -> FloatGrid:
     """Factors and zeros by search over clipping ratios, least ``sum_j energy_j (w_j - q_j)^2`` per group.
 
     Args:
         weight: fp32[rows, columns].
-        energy: fp32[columns], diagonal of the input second moments.
+        energy: fp32[columns], diagonal of the input second moments, or [rows, columns], what every weight counts.
         widths: uint8[rows] or [rows, groups].
         site: name for error messages.
         group: columns of a group.
+        ratios: shares of the range to try, the first of equals wins; by default those of every width (``quant.clips``).
 
     Raises:
         WeightError: a group does not fit an fp16 factor.
@@ -69,26 +76,23 @@ def fit_float(
     sizes = group_sizes(weight.shape[1], group).to(weight.device)
     if widths.dim() == 1:
         widths = widths[:, None].expand(-1, len(sizes)).contiguous()
-    grouped = group_columns(energy[None], group)[0]
     rows = chunk(weight, group)
-    found = [
-        _fit_rows(group_columns(w, group), grouped, own, sizes)
-        for w, own in zip(weight.split(rows), widths.split(rows), strict=True)
-    ]
+    parts = zip(weight.split(rows), energy.expand_as(weight).split(rows), widths.split(rows), strict=True)
+    found = [_fit_rows(group_columns(w, group), group_columns(e, group), own, sizes, ratios) for w, e, own in parts]
     factors, zeros, shifts = (torch.cat(part) for part in zip(*found, strict=True))
     require_finite(factors + shifts.float(), weight, site)
     return FloatGrid(factors, zeros, shifts, widths, group)
 
 
 def _fit_rows(
-    x: torch.Tensor, energy: torch.Tensor, widths: torch.Tensor, sizes: torch.Tensor
+    x: torch.Tensor, energy: torch.Tensor, widths: torch.Tensor, sizes: torch.Tensor, ratios: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x fp32[rows, groups, group] -> factors fp16, zeros uint8, shifts fp16, each [rows, groups]."""
+    """x, energy fp32[rows, groups, group] -> factors fp16, zeros uint8, shifts fp16, each [rows, groups]."""
     symmetric, top = widths == 8, torch.exp2(widths.float()) - 1
     low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
     spread = torch.where(symmetric, torch.maximum(-low, high) / 127, (high - low) / top)
     best, zeros, least = _stored(spread), torch.zeros_like(low), torch.full_like(low, torch.inf)
-    for ratio in clips(widths, 1.0):
+    for ratio in ratios or clips(widths, 1.0):
         factor = _stored(spread * ratio)
         zero = torch.where(symmetric, 128.0, (-low * ratio / factor).round_().clamp_(min=0).minimum(top))
         level = (x / factor[..., None]).round_().maximum(-zero[..., None]).minimum((top - zero)[..., None])

@@ -11,12 +11,13 @@
     insert-side-branch  low-rank pairs where a direction pays for its bits       closed form
     tune-blocks         rounding and scales learned layer by layer               effort balanced and best
     tune-model          scales learned from the original's predictions           effort best
+    (tune-clipping      where ranges are clipped, learned layer by layer         slim, amlq: instead of these two)
     (lowering)          lower-linears: canonical linears become mixed_linear
 
 ``strategies`` lists what other strategies put in place of the second and third.
 
-No pass imports another pass; ``gptq``, ``allocate``, ``planner``, ``coupling``, ``orders``, ``directions``, ``stacks`` and
-others are mathematics they share.
+No pass imports another pass, but for tune-clipping, which has the loop of tune-blocks; ``gptq``, ``allocate``, ``planner``,
+``coupling``, ``orders``, ``directions``, ``stacks`` and others are mathematics they share.
 """
 
 from mixcomp.passes.follow import FollowPlan
@@ -27,6 +28,7 @@ from mixcomp.passes.salience import AnnotateSalience
 from mixcomp.passes.side_branch import InsertSideBranch
 from mixcomp.passes.statistics import CollectStatistics
 from mixcomp.passes.tune_blocks import TuneBlocks
+from mixcomp.passes.tune_clipping import TuneClipping
 from mixcomp.passes.tune_model import TuneModel
 
 PIPELINE = (
@@ -48,5 +50,6 @@ __all__ = [
     "QuantizeWeights",
     "ReorderFeatures",
     "TuneBlocks",
+    "TuneClipping",
     "TuneModel",
 ]

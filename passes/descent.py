@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 
+from mixcomp.passes.in_order import in_order
 from mixcomp.passes.tunable import Quantized
 
 WARM_UP = 10
 BETAS = (0.9, 0.95)
 #: steps before a step is recorded: libraries set themselves up in the first ones
 _BEFORE_RECORDING = 3
-GRAPH = ORDERED = True
 
 
 def descend(
@@ -47,8 +46,7 @@ def descend(
 
     with ExitStack() as stack:
         stack.enter_context(_recording_gradients(tensors))
-        if ORDERED:
-            stack.enter_context(_sums_in_order())
+        stack.enter_context(in_order())
         if on_gpu:
             stack.enter_context(_own_stream(device))
         for done, chosen in enumerate(picks):
@@ -56,7 +54,7 @@ def descend(
             for group in adam.param_groups:
                 group["lr"].fill_(group["full"] * share)
             pick.copy_(chosen)
-            if on_gpu and GRAPH and done == _BEFORE_RECORDING:
+            if on_gpu and done == _BEFORE_RECORDING:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                     step()
@@ -87,19 +85,3 @@ def _own_stream(device: torch.device) -> Iterator[None]:
     with torch.cuda.stream(inner):
         yield
     outer.wait_stream(inner)
-
-
-@contextmanager
-def _sums_in_order() -> Iterator[None]:
-    """Kernels that add in one fixed order: attention's backward pass has a faster one that does not."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
-    # cuBLAS is in order on one stream; torch wants to read it here all the same
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filling

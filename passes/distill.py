@@ -11,6 +11,7 @@ from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 
 from mixcomp.errors import CalibrationError
+from mixcomp.passes.in_order import in_order
 from mixcomp.passes.stages import Stage, Stages, Values, split
 from mixcomp.passes.tunable import Quantized, Settled, Tunable
 from mixcomp.passes.watch import sampled_residual
@@ -69,20 +70,18 @@ class Teacher:
         """How strongly the loss reacts to the hidden states that layers make: |dL/dh| relative to its mean over all
         tokens, fp32[windows, length] by name, from labels sampled from the original."""
         found: dict[str, list[torch.Tensor]] = {}
-        for window in texts.learn.split(texts.batch):
-            values: Values = {self.stages.tokens: window}
-            for k, part in enumerate(self.stages.parts):
-                values.update(rerun(part, values, lambda: self.weights))
-                for name in part.outputs:
-                    value = values[name]
-                    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                        continue  # a size or a mask
-                    if k == 0:
-                        value.requires_grad_()
-                    elif k in self.stages.layers:
-                        value.register_hook(partial(_note, found.setdefault(name, [])))
-            logits = values[self.stages.logits]
-            logits.backward(sampled_residual(logits.detach(), draw))
+        with torch.enable_grad(), in_order():
+            for window in texts.learn.split(texts.batch):
+                values: Values = {self.stages.tokens: window}
+                for k, part in enumerate(self.stages.parts):
+                    values.update(rerun(part, values, lambda: self.weights))
+                    for name in part.outputs:
+                        if k == 0 and _floats(values[name]):
+                            values[name].requires_grad_()
+                        elif k in self.stages.layers and _floats(values[name]):
+                            values[name].register_hook(partial(_note, found.setdefault(name, [])))
+                logits = values[self.stages.logits]
+                logits.backward(sampled_residual(logits.detach(), draw))
         return {name: _relative(torch.cat(parts)) for name, parts in found.items()}
 
     def divergence(self, values: Values, weights: Mapping[str, torch.Tensor], end: Values) -> torch.Tensor:
@@ -119,6 +118,10 @@ def rerun(part: Stage, values: Values, weights: Callable[[], Mapping[str, torch.
     # nothing here draws random numbers, and asking for the generator's state would wait for the GPU
     made = checkpoint(run, *(values[name] for name in part.inputs), use_reentrant=False, preserve_rng_state=False)
     return dict(zip(part.outputs, made, strict=True))
+
+
+def _floats(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()  # not a size, not a mask
 
 
 def _note(found: list[torch.Tensor], gradient: torch.Tensor) -> None:

@@ -63,9 +63,7 @@ class _State:
     pull: torch.Tensor
 
     @classmethod
-    def of(
-        cls, tasks: Sequence[Task], codes: Sequence[torch.Tensor], scales: Sequence[torch.Tensor | None]
-    ) -> _State:
+    def of(cls, tasks: Sequence[Task], codes: Sequence[torch.Tensor], scales: Sequence[torch.Tensor | None]) -> _State:
         step, offset, top = (torch.stack(part) for part in zip(*map(numbers, tasks), strict=True))
         scale, limit = torch.ones_like(step), torch.ones_like(step)
         for i, (task, own) in enumerate(zip(tasks, scales, strict=True)):

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from mixcomp.errors import CalibrationError
+from mixcomp.passes.in_order import in_order
 from mixcomp.passes.mixllm import check_widths, feature_dots, taylor_salience
 from mixcomp.passes.rounding import round_range
 from mixcomp.passes.watch import Watch, logits_of
@@ -57,7 +58,7 @@ class ScoreFeatures(Pass):
 
         watch = Watch(program.graph_module, tap)
         for ids in context.track("feature salience", sequences):
-            with torch.enable_grad():
+            with torch.enable_grad(), in_order():
                 _summed_loss(logits_of(watch.run(ids.to(context.device))), ids.to(context.device)).backward()
             for name, own in dots.items():
                 # 16-bit gradients of a summed loss stay in range; the mean is taken here

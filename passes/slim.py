@@ -13,6 +13,9 @@ import torch
 from mixcomp.passes.gptq import Feedback
 from mixcomp.passes.rounding import round_range
 
+#: shares of a range that quantizer calibration tries: the whole one, 50 up to a tenth more, 50 down to a tenth less
+TAUS = (1.0, *(1 + i / 500 for i in range(1, 51)), *(1 - i / 500 for i in range(1, 51)))
+
 
 def element_salience(weight: torch.Tensor, known: Feedback) -> torch.Tensor:
     """``w^2 / U_jj^2``, fp64[rows, columns]: the loss of zeroing a weight after those rounded earlier are frozen.

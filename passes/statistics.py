@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from mixcomp.errors import CalibrationError
+from mixcomp.passes.in_order import in_order
 from mixcomp.passes.watch import FORWARD_TOKENS, Watch, logits_of, regroup, sampled_residual
 from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass
@@ -68,7 +69,7 @@ class CollectStatistics(Pass):
         watch = Watch(program.graph_module, tap)
         for number, batch in enumerate(context.track("sensitivities", batches)):
             draw = context.generator(self.name, f"labels {number}")
-            with torch.enable_grad():
+            with torch.enable_grad(), in_order():
                 logits = logits_of(watch.run(batch.to(context.device)))
                 logits.backward(sampled_residual(logits.detach(), draw))
 

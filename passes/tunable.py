@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -68,7 +68,7 @@ class Tunable:
             weight = program.weight(site).detach().to(device, torch.float32)
             weight = weight if columns is None else weight[:, columns]
             weight = group_columns(weight if rows is None else weight[rows])
-            place = _nearest_place(weight / grid.steps()[..., None] + offset, codes.float(), top)
+            place = nearest_place(weight / grid.steps()[..., None] + offset, codes.float(), top)
         return cls(
             fmt=fmt,
             dtype=site.weight.dtype,
@@ -146,8 +146,17 @@ class Settled:
         return {}
 
 
-#: a quantized site in a descent
-Quantized = Tunable | Settled
+class Quantized(Protocol):
+    """A quantized site in a descent: ``Tunable``, ``Settled`` and others."""
+
+    def learned(self) -> dict[str, torch.Tensor]:
+        """The tensors to change, by name."""
+
+    def weight(self) -> torch.Tensor:
+        """What the site multiplies with, in the model's dtype[rows, columns], in the order of its features."""
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """What to store of it anew."""
 
 
 def stored_tensors(tuned: Mapping[str, Quantized]) -> dict[str, torch.Tensor]:
@@ -155,7 +164,8 @@ def stored_tensors(tuned: Mapping[str, Quantized]) -> dict[str, torch.Tensor]:
     return {f"{name}/{key}": value for name, one in tuned.items() for key, value in one.stored().items()}
 
 
-def _nearest_place(exact: torch.Tensor, codes: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+def nearest_place(exact: torch.Tensor, codes: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """The place in codes next to ``exact`` that still rounds to ``codes``, all fp32 of one shape; ``top``: largest code."""
     inside = torch.maximum(torch.minimum(exact, codes + 0.5 - MARGIN), codes - 0.5 + MARGIN)
     beyond = ((codes == 0) & (exact < 0)) | ((codes == top) & (exact > top))
     return torch.where(beyond, exact, inside)  # the clamp keeps these where they are

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 
 from mixcomp.passes.descent import descend
 from mixcomp.passes.distill import Teacher, Texts, rerun, tunables
-from mixcomp.passes.stages import Values
+from mixcomp.passes.stages import Stage, Values
 from mixcomp.passes.tunable import Quantized, stored_tensors
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass, Semantics
@@ -71,6 +72,10 @@ class TuneModel(Pass):
         return picks
 
 
+def _weights(tuned: Mapping[str, Quantized], part: Stage) -> dict[str, torch.Tensor]:
+    return {name: tuned[name].weight() for name in part.sites}
+
+
 def _stacked(windows: list[Values]) -> Values:
     return {name: torch.cat([one[name] for one in windows]) for name in windows[0]}
 
@@ -80,10 +85,10 @@ def _differentiate(teacher: Teacher, tuned: Mapping[str, Quantized], tokens: tor
     stages = teacher.stages
     values: Values = {stages.tokens: tokens}
     for part in stages.parts[:-1]:
-        values.update(rerun(part, values, lambda part=part: {name: tuned[name].weight() for name in part.sites}))
+        values.update(rerun(part, values, partial(_weights, tuned, part)))
     names = stages.live(len(stages.parts) - 1)
     cut = {name: values[name].detach().requires_grad_() for name in names}
-    last = {name: tuned[name].weight() for name in stages.parts[-1].sites}
+    last = _weights(tuned, stages.parts[-1])
     leaves = {name: weight.detach().requires_grad_() for name, weight in last.items()}
     for i in range(len(tokens)):
         one = slice(i, i + 1)

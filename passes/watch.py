@@ -75,16 +75,15 @@ def logits_of(output: Any) -> torch.Tensor:
 
 def sampled_residual(logits: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     """Gradient of the summed loss at the logits, ``p - onehot(label)``, with labels drawn from p itself."""
-    shape = logits.shape
-    out = torch.empty_like(logits).view(-1, shape[-1])
-    uniform = torch.rand(out.shape[0], generator=draw, dtype=torch.float64).to(logits.device)
-    flat = logits.reshape(-1, shape[-1])
-    for start in range(0, out.shape[0], 512):  # fp32 probabilities of 512 tokens at a time
-        p = torch.softmax(flat[start : start + 512].float(), -1)
-        edge = uniform[start : start + 512, None].float() * p.sum(-1, keepdim=True)
-        label = torch.searchsorted(p.cumsum(-1), edge).clamp_(max=shape[-1] - 1)
-        out[start : start + 512] = p.scatter_add_(-1, label, torch.full_like(edge, -1.0)).to(out.dtype)
-    return out.view(shape)
+    out = torch.empty_like(logits).view(-1, logits.shape[-1])
+    every = torch.arange(logits.shape[-1], device=logits.device)
+    own = torch.Generator(logits.device).manual_seed(draw.initial_seed())
+    for given, made in zip(logits.reshape(out.shape).split(512), out.split(512), strict=True):  # fp32 of 512 tokens
+        p = torch.softmax(given.float(), -1)
+        # the first of racing exponential clocks with rates p rings with probability p
+        label = (p / torch.empty_like(p).exponential_(generator=own)).argmax(-1, keepdim=True)
+        made.copy_(p.sub_((every == label).float()))
+    return out.view(logits.shape)
 
 
 def regroup(windows: Sequence[torch.Tensor], tokens: int) -> list[torch.Tensor]:

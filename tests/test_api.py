@@ -16,7 +16,7 @@ import mixcomp
 from mixcomp import api
 from mixcomp.errors import ArtifactError, BudgetError, CalibrationError, ConfigError, InputError, MismatchError
 from mixcomp.lowering.module import MixedLinear
-from mixcomp.passes import TuneBlocks, TuneModel
+from mixcomp.passes import TuneBlocks, TuneClipping, TuneModel
 
 
 def tiny() -> Any:
@@ -68,6 +68,20 @@ def test_efforts_add_passes_that_learn(effort: str | None, learned: list[str], m
     stages = [s["stage"] for s in model.mixcomp.report["stages"]]
     assert [s for s in stages if s.startswith("tune")] == learned
     assert model.mixcomp.plan.options["effort"] == effort
+
+
+@pytest.mark.parametrize("strategy", ["slim", "amlq"])
+@pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
+def test_the_papers_formats_have_their_own_learning(
+    strategy: str, effort: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert api.CLIPPING[strategy] == (TuneClipping(),)
+    monkeypatch.setitem(api.CLIPPING, strategy, (TuneClipping(steps=2),))
+    model: Any = mixcomp.compile(tiny(), 4.4, calibration=text(), strategy=strategy, effort=effort)
+    stages = [s["stage"] for s in model.mixcomp.report["stages"]]
+    assert [s for s in stages if s.startswith("tune")] == ([] if effort == "fast" else ["tune-clipping"])
+    held = sum(m.packed().stored_bits() for m in model.modules() if isinstance(m, MixedLinear))
+    assert held == model.mixcomp.plan.totals["stored_bits"] <= 4.4 * model.mixcomp.plan.totals["weights"]
 
 
 def test_a_measurement_holds_no_text_to_learn_from() -> None:

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
 #: of code: blank lines, comments and docstrings are free; 8,000 was the aim before three papers' strategies moved in
-MAX_CODE_LINES = 9_400
+MAX_CODE_LINES = 9800
 
 #: folder -> package
 FOLDERS = {
@@ -55,7 +55,7 @@ BOTTOM = {
 }
 PASS_MODULES = {
     "assign_blocks", "assign_features", "assign_mixes", "follow", "keep_samples", "precision", "quantize", "reorder",
-    "salience", "score_features", "side_branch", "statistics", "tune_blocks", "tune_model",
+    "salience", "score_features", "side_branch", "statistics", "tune_blocks", "tune_clipping", "tune_model",
 }  # fmt: skip
 #: where passes are put in a row
 LISTS = {"passes", "passes.strategies"}

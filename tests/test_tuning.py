@@ -18,6 +18,7 @@ from mixcomp.passes import CollectStatistics, InsertSideBranch, QuantizeWeights,
 from mixcomp.passes.distill import Teacher, Texts, tunables
 from mixcomp.passes.strategies import passes_of
 from mixcomp.passes.tune_blocks import TuneBlocks
+from mixcomp.passes.tune_clipping import TuneClipping
 from mixcomp.passes.tune_model import TuneModel
 from mixcomp.printer import Digests, digest
 from mixcomp.program import Program
@@ -35,14 +36,14 @@ CONTEXT = Context(CPU, LEARN, held=HELD)
 
 
 @lru_cache(maxsize=4)
-def quantized(family: str) -> Program:
-    """A model whose logits are far from uniform, at 3 bits, up to its side branches."""
+def quantized(family: str, strategy: str = "joint", budget: float = 3.0) -> Program:
+    """A model whose logits are far from uniform, up to its side branches."""
     model = families.build(family)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
-    return manager.run(capture(model), passes(), CONTEXT)
+    return manager.run(capture(model), passes(strategy, budget), CONTEXT)
 
 
 def passes(strategy: str = "joint", budget: float = 3.0) -> tuple[Pass, ...]:
@@ -68,17 +69,51 @@ def test_both_passes_bring_the_model_closer(family: str) -> None:
     assert [s.format for s in model.sites] == [s.format for s in start.sites]
 
 
-def test_a_run_repeats_to_the_bit() -> None:
-    tuning = (TuneModel(steps=12),)
-    one, two = (digest(manager.run(quantized("llama"), tuning, CONTEXT), Digests.WHOLE) for _ in range(2))
+@torch.no_grad()
+def first_layer_error(program: Program) -> float:
+    """Weighted as it is learned, by gamma of the layer's last linear; its inputs are the original's."""
+    teacher, texts = Teacher.of(program), Texts.of(CONTEXT)
+    part, stages = teacher.stages.parts[1], teacher.stages
+    values = {stages.tokens: texts.learn, **stages.parts[0].run({stages.tokens: texts.learn}, {})}
+    stored = {name: one.weight() for name, one in tunables(program, CPU, part, rounding=False).items()}
+    wanted, got = (part.run(values, weights)[stages.live(2)[0]] for weights in (teacher.weights, stored))
+    return float(((got - wanted).square() * program.tensor(part.sites[-1], "gamma")).mean())
+
+
+@pytest.mark.parametrize(("strategy", "budget"), [("slim", 3.4), ("amlq", 3.4)])
+def test_tuned_clipping_brings_layers_and_model_closer(strategy: str, budget: float) -> None:
+    start = quantized("llama", strategy, budget)
+    after = manager.run(start, (TuneClipping(steps=40),), CONTEXT, level=2)
+    assert first_layer_error(after) < 0.97 * first_layer_error(start)
+    assert divergence(after) < 0.97 * divergence(start)
+    assert [s.format for s in after.sites] == [s.format for s in start.sites]
+
+
+def test_default_scales_have_no_range_to_clip() -> None:
+    start = quantized("llama")
+    after = manager.run(start, (TuneClipping(steps=2),), CONTEXT)
+    assert all(torch.equal(after.tensors[key], value) for key, value in start.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("tuning", "strategy"), [(TuneModel(steps=12), "joint"), (TuneClipping(steps=12, anew=True), "slim")]
+)
+def test_a_run_repeats_to_the_bit(tuning: Pass, strategy: str) -> None:
+    start = quantized("llama", strategy, 3.4)
+    one, two = (digest(manager.run(start, (tuning,), CONTEXT), Digests.WHOLE) for _ in range(2))
     assert one == two
 
 
 @pytest.mark.parametrize(
-    "wild", [TuneBlocks(steps=4, place_rate=3.0, group_rate=9.0), TuneModel(steps=4, ratio_rate=2.0)]
+    ("wild", "strategy"),
+    [
+        (TuneBlocks(steps=4, place_rate=3.0, group_rate=9.0), "joint"),
+        (TuneModel(steps=4, ratio_rate=2.0), "joint"),
+        (TuneClipping(steps=4, rate=9.0), "slim"),
+    ],
 )
-def test_what_does_not_help_is_not_kept(wild: TuneBlocks | TuneModel) -> None:
-    start = quantized("llama")
+def test_what_does_not_help_is_not_kept(wild: Pass, strategy: str) -> None:
+    start = quantized("llama", strategy, 3.4)
     after = manager.run(start, (wild,), CONTEXT)
     assert all(torch.equal(after.tensors[key], value) for key, value in start.tensors.items())
 
@@ -99,7 +134,7 @@ def test_one_window_is_too_little() -> None:
 
 
 def test_forms_of_the_papers_stay_as_they_are() -> None:
-    program = manager.run(capture(families.build("llama")), passes("slim", 4.4), CONTEXT)
+    program = quantized("llama", "slim", 4.4)
     assert any(site.layout.departure for site in program.open_sites())
     after = manager.run(program, (TuneBlocks(steps=2), TuneModel(steps=2)), CONTEXT)
     assert all(torch.equal(after.tensors[key], value) for key, value in program.tensors.items())

@@ -1,0 +1,145 @@
+"""Learning one decoder layer at a time, by gradients of the error of its output: what the tune passes share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from mixcomp.passes.descent import descend
+from mixcomp.passes.distill import Teacher, Texts
+from mixcomp.passes.stages import Values
+from mixcomp.passes.tunable import Quantized, Settled, stored_tensors
+from mixcomp.program import Fact, Program, Site
+from mixcomp.protocol import Context, Pass, Semantics
+
+
+@dataclass(frozen=True)
+class LayerByLayer(Pass):
+    """Learn numbers of stored weights by gradients, one decoder layer after another.
+
+    A layer's inputs come from the quantized layers before it, its targets from the original model; the squared error of
+    every output feature counts by ``gamma``, how strongly the loss reacts to it, and that of every token by the norm of
+    its gradient, ``Teacher.strengths``.  What was learned is kept only if
+    KL(original || quantized) on calibration windows that took no part is smaller with it; a program without a site to
+    learn comes back as it is.
+
+    Options:
+        steps: of Adam per layer; rates fall linearly to 0.
+    """
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.STATISTICS, Fact.BRANCHED})
+    semantics: ClassVar[Semantics] = Semantics.LOSSY
+
+    steps: int = 250
+
+    @abstractmethod
+    def learns(self, site: Site) -> bool:
+        """Whether the form a site is stored in is one that this pass learns."""
+
+    @abstractmethod
+    def tunable(self, program: Program, site: Site, device: torch.device) -> Quantized:
+        """What is learned of a site, at its start."""
+
+    @abstractmethod
+    def rates(self) -> dict[str, float]:
+        """First full step of every learned tensor."""
+
+    def run(self, program: Program, context: Context) -> Program:
+        if not any(map(self.learns, program.open_sites())):
+            return program
+        teacher, texts = Teacher.of(program), Texts.of(context)
+        changed = program.with_tensors(self._layers(program, teacher, texts, context))
+        ends = teacher.ends(texts.held)
+        before, after = (teacher.distance(p, texts.held, ends) for p in (program, changed))
+        return changed if after < before else program
+
+    def _layers(self, program: Program, teacher: Teacher, texts: Texts, context: Context) -> dict[str, torch.Tensor]:
+        stages, out = teacher.stages, dict[str, torch.Tensor]()
+        strengths = teacher.strengths(texts, context.generator(self.name, "labels"))
+        given: Values = {}
+        exact: Values = {}
+        for k in context.track(self.name.replace("-", " "), stages.layers):
+            part = stages.parts[k]
+            wanted = self._through(teacher, k, teacher.weights, exact, texts)
+            tuned = {name: self._start(program, program.site(name), context.device) for name in part.sites}
+            if any(one.learned() for one in tuned.values()):
+                batches = _Batches(
+                    teacher, k, texts, given, wanted, _importance(program, part.sites, wanted), strengths
+                )
+                self._learn(tuned, batches, context.generator(self.name, str(k)))
+                out.update(stored_tensors(tuned))
+            weights = {name: one.weight().detach() for name, one in tuned.items()}
+            given, exact = self._through(teacher, k, weights, given, texts), wanted
+        return out
+
+    def _start(self, program: Program, site: Site, device: torch.device) -> Quantized:
+        return self.tunable(program, site, device) if self.learns(site) else Settled.of(program, site, device)
+
+    def _learn(self, tuned: Mapping[str, Quantized], batches: _Batches, draw: torch.Generator) -> None:
+        picks = [torch.randperm(batches.count, generator=draw)[: batches.texts.batch] for _ in range(self.steps)]
+        descend(tuned.values(), self.rates(), picks, lambda pick: batches.loss(tuned, pick).backward())
+
+    @torch.no_grad()
+    def _through(
+        self, teacher: Teacher, k: int, weights: Mapping[str, torch.Tensor], given: Values, texts: Texts
+    ) -> Values:
+        """What layers up to ``k`` leave to later ones, for all windows."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for rows in torch.arange(len(texts.learn)).split(texts.batch):
+            values = _inputs(teacher, given, texts, rows)
+            values.update(teacher.stages.parts[k].run(values, weights))
+            for name in teacher.stages.live(k + 1):
+                found.setdefault(name, []).append(values[name])
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batches:
+    """Inputs and targets of layer ``k``; ``importance`` fp32[features] weighs the features of its outputs, ``strengths``
+    fp32[windows, length] the tokens of each."""
+
+    teacher: Teacher
+    k: int
+    texts: Texts
+    given: Values
+    wanted: Values
+    importance: torch.Tensor | None
+    strengths: Values
+
+    @property
+    def count(self) -> int:
+        return len(self.texts.learn)
+
+    def loss(self, tuned: Mapping[str, Quantized], rows: torch.Tensor) -> torch.Tensor:
+        """Mean weighted squared error of the layer's outputs on some windows."""
+        weights = {name: one.weight() for name, one in tuned.items()}
+        values = _inputs(self.teacher, self.given, self.texts, rows)
+        made = self.teacher.stages.parts[self.k].run(values, weights)
+        total = torch.zeros((), device=self.texts.learn.device)
+        for name in made.keys() & self.wanted.keys():
+            error = (made[name].float() - self.wanted[name][rows].float()).square()
+            error = error if self.importance is None else error * self.importance
+            if name in self.strengths:
+                error = error * self.strengths[name][rows, :, None]
+            total = total + error.mean()
+        return total
+
+
+@torch.no_grad()
+def _inputs(teacher: Teacher, given: Values, texts: Texts, rows: torch.Tensor) -> Values:
+    """Everything a layer may read: the part before the layers is run again, hidden states are looked up."""
+    values = {teacher.stages.tokens: texts.learn[rows]}
+    values.update(teacher.stages.parts[0].run(values, teacher.weights))
+    values.update({name: value[rows] for name, value in given.items()})
+    return values
+
+
+def _importance(program: Program, sites: tuple[str, ...], wanted: Values) -> torch.Tensor | None:
+    """gamma of the layer's last linear, which writes into the residual stream; None where shapes say otherwise."""
+    gamma = program.tensor(sites[-1], "gamma")
+    fits = all(value.is_floating_point() and value.shape[-1] == len(gamma) for value in wanted.values())
+    return gamma.to(next(iter(wanted.values())).device) / gamma.mean() if fits and float(gamma.mean()) > 0 else None
