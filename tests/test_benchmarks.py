@@ -19,6 +19,7 @@ from mixcomp.config import Budget
 from mixcomp.format import WIDTHS
 from mixcomp.passes import AssignPrecision, QuantizeWeights, ReorderFeatures
 from mixcomp.passes.decision import Decisions
+from mixcomp.passes.gptq import feedback
 from mixcomp.passes.stacks import inputs, stack
 from mixcomp.passes.tunable import Settled
 from mixcomp.program import Program
@@ -288,3 +289,16 @@ def test_a_mix_of_rows_is_what_gptq_makes_at_that_mix(load: Any) -> None:
         if made.find(site.name, "column_order") is None:
             wanted = Settled.of(made, made.site(site.name), torch.device("cpu")).weight()
             assert torch.equal(stored[picked[site.name], torch.arange(site.rows)], wanted)
+
+
+def test_groups_of_columns_are_charged_for_their_own_errors(load: Any) -> None:
+    """Without correlations a group's loss is its own: brute force, with groups that are not rounded in their order."""
+    draw = torch.Generator().manual_seed(0)
+    energy = torch.rand(80, generator=draw) + torch.tensor([1.0, 5.0, 3.0]).repeat_interleave(32)[:80]
+    error = torch.randn(7, 80, generator=draw)
+    known = feedback(torch.diag(energy), "site")
+    assert not torch.equal(known.order, torch.arange(80))
+    found = load("variants")._losses(error, known, by_group=True)
+    each = error.square() * (energy + known.damping * energy.mean())
+    wanted = torch.stack([part.sum(1) for part in each.split(32, 1)], 1)
+    assert torch.allclose(found, wanted, rtol=1e-4)
