@@ -84,6 +84,14 @@ def test_ablation(tiny: Path, tmp_path: Path, load: Any) -> None:
     assert losses["gamma: one constant"] > losses["joint"]
 
 
+def test_accuracy(tiny: Path, tmp_path: Path, load: Any) -> None:
+    out = tmp_path / "accuracy.json"
+    load("accuracy").main(arguments(tiny, out, "--budgets", "4.0", "--methods", "joint:fast", "slim"))
+    rows = rows_of(out)
+    assert [(row["strategy"], row["effort"]) for row in rows] == [("joint", "fast"), ("slim", "fast")]
+    assert all(3.6 < row["stored_bits_per_weight"] <= 4.0 and kl(row) > 0 for row in rows)
+
+
 def test_results_of_other_arguments_are_not_mixed_in(tiny: Path, tmp_path: Path, load: Any) -> None:
     out, common = tmp_path / "rows.json", load("common")
     given = common.parser("").parse_args(arguments(tiny, out))
