@@ -6,7 +6,8 @@
 Rows are made one after another and written as they come; a run that is cut off goes on with the same command, and
 ``--rows`` picks some.  The model is captured and run over the calibration text once.  Every row meets the same ceiling;
 ``stored_bits_per_weight`` says how closely.  ``predicted_loss`` is the planner's, side branches not counted,
-``second_order_loss`` the same sum over the weights that were stored.
+``second_order_loss`` the same sum over the weights that were stored.  ``--rows balanced best`` take minutes a budget, all
+others seconds: give them a call of their own where calls are limited.
 
     joint                      widths per row, side branches, GPTQ, gamma, two-level scales in groups of 32 (effort fast)
     one width per site         every site is bought as a whole

@@ -190,7 +190,8 @@ class Bench:
 
     def kl(self, plan: Mapping[str, torch.Tensor], windows: torch.Tensor) -> float:
         """KL of a plan for some sites, the others as they were."""
-        weights = {n: self.copies[n][o.to(self.copies[n].device), torch.arange(len(o))] for n, o in plan.items()}
+        device = next(iter(self.copies.values())).device
+        weights = {n: self.copies[n][o.to(device), torch.arange(len(o), device=device)] for n, o in plan.items()}
         self.judge.install(self.shop.sites, weights)
         return float(evaluate(self.judge.student, windows, self.judge.original).kl or 0.0)
 

@@ -32,6 +32,7 @@ from common import Results, Setting, parser
 from variants import DEFAULT, FORMS, AssignMenus, Form, Priced, menus_of, price
 
 from mixcomp.config import Budget
+from mixcomp.format import WIDTHS
 from mixcomp.passes.decision import Decisions
 from mixcomp.program import Program
 
@@ -60,7 +61,7 @@ class Bench:
         if name in COLUMNS:
             priced = self.table(by_group=True)
             return assign_columns(self.setting, priced, budget, whole=COLUMNS[name]), priced.spectra
-        spectra = self.table().spectra
+        spectra = self.table(form=DEFAULT).spectra
         if name in RANKS:
             spectra = self.table(directions=RANKS[name]).spectra if RANKS[name] else {}
         menus = menus_of(self.setting.program, [self.table(form=form) for form in CHOICES.get(name, (DEFAULT,))])
@@ -70,7 +71,7 @@ class Bench:
         self.setting.stages.clear()
         program, spectra = self.plan(name, budget)
         made = Decisions.read(program).sites
-        removed = self._removed(program, spectra, self.table().losses)
+        removed = self._removed(program, spectra, self.table(form=DEFAULT).losses)
         found = self.setting.judged(self.setting.quantize(program))
         return {
             **found,
@@ -89,7 +90,7 @@ class Bench:
         for name, one in Decisions.read(program).sites.items():
             if one.rank:
                 widest = one.widths if one.widths.dim() == 1 else one.widths.amax(1)
-                option = torch.searchsorted(torch.tensor([2, 3, 4, 5, 6, 8], dtype=torch.uint8), widest.contiguous())
+                option = torch.searchsorted(torch.tensor(WIDTHS, dtype=torch.uint8), widest.contiguous())
                 total += float(spectra[name][: one.rank].sum() * losses[name].gather(1, option[:, None]).sum())
         return total
 

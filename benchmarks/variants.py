@@ -30,6 +30,8 @@ from mixcomp.quant import Grid, concatenate, dequantize, fit_grid, round_nearest
 
 #: times that bits counted too high are spent again
 ROUNDS = 6
+#: share of a budget that may stay unspent
+NEAR_ENOUGH = 1e-6
 #: the width whose error tells what a side branch could take away, as in annotate-salience
 SPECTRUM = WIDTHS.index(3)
 
@@ -254,6 +256,8 @@ class AssignMenus(Assignment):
             used = sum(made[s.name].layout(s, index[s.name]).stored_bits() for s in free)
             if used <= allowed and (best is None or bought.loss < best[0]):
                 best = (bought.loss, made, bought.price, bought.gap)
+                if allowed - used <= NEAR_ENOUGH * allowed:
+                    break
             # too dear: leave out what was bought last, which the part of the target that stood empty may have hidden
             target = (bought.bits if used > allowed else target) + allowed - used
         if best is None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 GOLDEN = Path(__file__).parent / "golden"
 
-pytest.register_assert_rewrite("laws")
+pytest.register_assert_rewrite("laws", "artifacts", "nets")
 settings.register_profile(
     "ci",
     derandomize=True,

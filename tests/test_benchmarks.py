@@ -19,6 +19,7 @@ from mixcomp.config import Budget
 from mixcomp.format import WIDTHS
 from mixcomp.passes import AssignPrecision, QuantizeWeights, ReorderFeatures
 from mixcomp.passes.decision import Decisions
+from mixcomp.passes.gptq import feedback
 from mixcomp.passes.stacks import inputs, stack
 from mixcomp.passes.tunable import Settled
 from mixcomp.program import Program
@@ -81,6 +82,14 @@ def test_ablation(tiny: Path, tmp_path: Path, load: Any) -> None:
     losses = {name: row["second_order_loss"] for name, row in made.items() if name != "gate"}
     assert min(losses["joint"], losses["columns by row"]) < losses["uniform"] < losses["nearest rounding"]
     assert losses["gamma: one constant"] > losses["joint"]
+
+
+def test_accuracy(tiny: Path, tmp_path: Path, load: Any) -> None:
+    out = tmp_path / "accuracy.json"
+    load("accuracy").main(arguments(tiny, out, "--budgets", "4.0", "--methods", "joint:fast", "slim"))
+    rows = rows_of(out)
+    assert [(row["strategy"], row["effort"]) for row in rows] == [("joint", "fast"), ("slim", "fast")]
+    assert all(3.6 < row["stored_bits_per_weight"] <= 4.0 and kl(row) > 0 for row in rows)
 
 
 def test_results_of_other_arguments_are_not_mixed_in(tiny: Path, tmp_path: Path, load: Any) -> None:
@@ -288,3 +297,16 @@ def test_a_mix_of_rows_is_what_gptq_makes_at_that_mix(load: Any) -> None:
         if made.find(site.name, "column_order") is None:
             wanted = Settled.of(made, made.site(site.name), torch.device("cpu")).weight()
             assert torch.equal(stored[picked[site.name], torch.arange(site.rows)], wanted)
+
+
+def test_groups_of_columns_are_charged_for_their_own_errors(load: Any) -> None:
+    """Without correlations a group's loss is its own: brute force, with groups that are not rounded in their order."""
+    draw = torch.Generator().manual_seed(0)
+    energy = torch.rand(80, generator=draw) + torch.tensor([1.0, 5.0, 3.0]).repeat_interleave(32)[:80]
+    error = torch.randn(7, 80, generator=draw)
+    known = feedback(torch.diag(energy), "site")
+    assert not torch.equal(known.order, torch.arange(80))
+    found = load("variants")._losses(error, known, by_group=True)
+    each = error.square() * (energy + known.damping * energy.mean())
+    wanted = torch.stack([part.sum(1) for part in each.split(32, 1)], 1)
+    assert torch.allclose(found, wanted, rtol=1e-4)

@@ -12,10 +12,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from artifacts import BUILDERS, SHARD, TOKENS, content, logits, reseal
 from mixcomp import artifact, hf, hook
 from mixcomp.errors import ArtifactError, ConfigError
 from mixcomp.manifest import INDEX
-from test_artifact import BUILDERS, SHARD, TOKENS, content, logits, reseal
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import decision_mutants
 import decisions
 import mutants
-import table_mutants
 from mixcomp.errors import (
     ConfigError,
     InvariantError,
@@ -97,7 +97,7 @@ def test_facts_held_before_are_checked_again(program: Program) -> None:
 
 
 def test_the_input_is_checked_too() -> None:
-    broken = table_mutants.width_seven(decisions.decided())
+    broken = decision_mutants.width_seven(decisions.decided())
     with pytest.raises(InvariantError, match=r"^I11: "):
         run(broken, [], Context())
 
@@ -139,7 +139,7 @@ def test_graph_edits_do_not_reach_the_input(program: Program) -> None:
 
 WRITERS: list[tuple[str, Callable[[Program], Program], int]] = [
     ("I08", mutants.written_in_place, 1),
-    ("I09", table_mutants.table_written_in_place, 1),
+    ("I09", decision_mutants.table_written_in_place, 1),
     ("I08", mutants.written_behind_the_counter, 2),
 ]
 
