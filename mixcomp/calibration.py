@@ -39,14 +39,15 @@ class Calibration:
     def split(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Batches to measure and learn from, and those kept back to judge.
 
-        Of the windows of the commonest length (by tokens) an even spread is kept back: about a quarter, one at least
-        and eight at most; a single window is not.
+        Of the windows of the commonest length (by tokens) some are kept back, always the same of equally many: a quarter,
+        one at least and eight at most; a single window is not.  They are drawn at random, as texts often come in turns.
         """
         lengths = Counter(b.shape[1] for b in self.batches for _ in b)
         common = max(lengths, key=lambda n: (lengths[n] * n, n))
         count = lengths[common]
-        every = max(2, min(count, max(4, -(-count // HELD))))
-        places = torch.arange(count) % every == every - 1
+        places = torch.zeros(count, dtype=torch.bool)
+        kept_back = min(HELD, max(count > 1, count // 4))
+        places[torch.randperm(count, generator=torch.Generator().manual_seed(count))[:kept_back]] = True
         learn, held = [], []
         for batch in self.batches:
             kept = torch.zeros(len(batch), dtype=torch.bool)

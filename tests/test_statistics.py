@@ -11,6 +11,7 @@ from torch import nn
 from mixcomp.errors import CalibrationError
 from mixcomp.ops import LINEAR
 from mixcomp.passes.statistics import CollectStatistics
+from mixcomp.passes.watch import sampled_residual
 from mixcomp.program import META, Program
 from mixcomp.protocol import Context
 from programs import Blueprint, Kind, Layer, build
@@ -26,31 +27,55 @@ def collect(program: Program, *batches: torch.Tensor, tokens: int = 10**6) -> Pr
     return CollectStatistics(tokens).run(program, Context(batches=batches))
 
 
-def seen_inputs(program: Program, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Activations of every site, fp64[tokens, columns], read node by node from the graph."""
-    values: dict[str, torch.Tensor] = {}
+def watched(program: Program, ids: torch.Tensor, number: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and gradients of every site, fp64[tokens, ...] each, read node by node from the graph of batch ``number``."""
+    values: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     class Reader(torch.fx.Interpreter):
         def run_node(self, n: torch.fx.Node) -> object:
+            y = super().run_node(n)
             if n.target is LINEAR:
                 x = self.fetch_args_kwargs_from_env(n)[0][0]
-                values[n.meta[META]] = x.detach().flatten(0, -2).double()
-            return super().run_node(n)
+                y.retain_grad()
+                values[n.meta[META]] = (x, y)
+            return y
 
-    Reader(program.graph_module).run(ids)
-    return values
+    logits = Reader(program.graph_module).run(ids)
+    logits.backward(sampled_residual(logits.detach(), Context().generator("collect-statistics", f"labels {number}")))
+    program.graph_module.zero_grad()
+    return {name: tuple(t.flatten(0, -2).detach().double() for t in (x, y.grad)) for name, (x, y) in values.items()}
 
 
-def test_second_moments_are_means_of_outer_products() -> None:
+@pytest.mark.parametrize("gradient_tokens", [10**6, 24])
+def test_moments_are_means_of_outer_products_weighted_by_gradients(gradient_tokens: int) -> None:
+    """Tokens that take no part in the backward pass (the second case) count once."""
     program, ids = build(TWO), batch()
-    found = collect(program, ids)
-    for name, x in seen_inputs(program, ids).items():
+    with_gradients, without = ids[: gradient_tokens // 8], ids[gradient_tokens // 8 :]
+    found = collect(program, ids, tokens=gradient_tokens)
+    sums: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name, (x, g) in watched(program, with_gradients, 0).items():
         if name == "lm_head":
             continue
-        wanted = x.T @ x / len(x)
-        torch.testing.assert_close(
-            found.tensor(program.site(name).input, "sigma").double(), wanted, rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(found.tensor(name, "gamma").double(), g.square().mean(0), rtol=1e-4, atol=1e-9)
+        strength = g.norm(dim=1)
+        sums.setdefault(program.site(name).input, []).append((x, strength / strength.mean()))
+        if len(without):
+            x, _ = watched(program, without, 1)[name]
+            sums[program.site(name).input].append((x, torch.ones(len(x)).double()))
+    for name, parts in sums.items():
+        wanted = sum(x.T @ (x * w[:, None]) for x, w in parts) / sum(w.sum() for _, w in parts)
+        torch.testing.assert_close(found.tensor(name, "sigma").double(), wanted, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(wanted, sum(x.T @ x for x, _ in parts) / sum(map(len, (x for x, _ in parts))))
+
+
+def test_labels_are_drawn_from_the_model() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]]).expand(20000, 4).contiguous()
+    found = sampled_residual(logits, torch.Generator().manual_seed(5))
+    p = logits[0].softmax(0)
+    assert torch.allclose((p - found).sum(1), torch.ones(20000), atol=1e-5)  # one label a token
+    torch.testing.assert_close((p - found).mean(0), p, rtol=0, atol=0.02)
+    again = sampled_residual(logits, torch.Generator().manual_seed(5))
+    assert torch.equal(found, again)
 
 
 def test_how_the_text_is_cut_into_batches_does_not_matter() -> None:
@@ -59,15 +84,6 @@ def test_how_the_text_is_cut_into_batches_does_not_matter() -> None:
     for key, tensor in whole.tensors.items():
         if key.endswith("sigma"):
             torch.testing.assert_close(parts.tensors[key], tensor, rtol=1e-5, atol=1e-7)
-
-
-def test_scaling_activations_scales_moments() -> None:
-    program, scaled = build(TWO), build(TWO)
-    with torch.no_grad():
-        scaled.graph_module.embed.weight.mul_(4)
-    name = program.site("layers.0.up").input
-    one, four = collect(program, batch()).tensor(name, "sigma"), collect(scaled, batch()).tensor(name, "sigma")
-    assert torch.equal(four, one * 16)
 
 
 def test_gamma_predicts_the_loss_of_a_perturbed_output() -> None:
