@@ -10,6 +10,8 @@ Rows are made one after another and written as they come; a run that is cut off 
 others seconds: give them a call of their own where calls are limited.
 
     joint                      widths per row, side branches, GPTQ, gamma, two-level scales in groups of 32 (effort fast)
+    tokens count alike         second moments not weighted by gradients
+    no coordinate descent      codes and group scales as GPTQ and the search left them
     one width per site         every site is bought as a whole
     no side branch             their bits go to rows
     gamma: mean of site        output weights replaced by their mean over each site, in prices, spectra and branches
@@ -18,7 +20,7 @@ others seconds: give them a call of their own where calls are limited.
     nearest rounding           the same grids, every weight to its nearest level, priced so
     columns by row / by site   column profiles added (benchmarks/columns.py)
     balanced, best             gradient stages on top of ``joint``
-    uniform, mixllm, ...       the baseline and the papers' strategies; ``slim balanced`` with tune-blocks
+    uniform, mixllm, ...       the baseline and the papers' strategies; ``slim balanced`` with tune-clipping
     gate                       mixcomp.compile as it is, effort fast; the row says which strategy was taken
 """
 
@@ -29,6 +31,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from columns import assign_columns
@@ -41,11 +44,14 @@ from mixcomp.lowering.module import MixedLinear
 from mixcomp.passes import (
     AnnotateSalience,
     AssignPrecision,
+    CollectStatistics,
     InsertSideBranch,
     QuantizeWeights,
     ReorderFeatures,
     TuneBlocks,
+    TuneClipping,
     TuneModel,
+    refine,
 )
 from mixcomp.passes.strategies import passes_of
 from mixcomp.program import Program
@@ -112,6 +118,18 @@ class Bench:
         rounded = self.setting.run(bare, QuantizeWeights())
         return self.setting.run(rounded.with_tensors(sigma), InsertSideBranch())
 
+    def alike(self, budget: float) -> Program:
+        """Second moments in which every token counts once: next to none takes part in a backward pass."""
+        if "alike" not in self.priced:
+            plain = self.setting.run(self.setting.program, CollectStatistics(gradient_tokens=1))
+            sigma = {key: t for key, t in plain.tensors.items() if key.endswith("/sigma")}
+            self.priced["alike"] = self.setting.run(self.setting.program.with_tensors(sigma), AnnotateSalience())
+        return self.setting.quantize(self.joint(budget, self.priced["alike"]))
+
+    def unrefined(self, budget: float) -> Program:
+        with patch.object(refine, "ROUNDS", 0):
+            return self.setting.quantize(self.joint(budget))
+
     def unbranched(self, budget: float) -> Program:
         program = self.salience()
         spectra = {k: torch.zeros_like(t) for k, t in program.tensors.items() if k.endswith("/spectrum")}
@@ -141,22 +159,24 @@ def rows_of(bench: Bench) -> dict[str, Callable[[float], Program]]:
         return lambda budget: quantize(decide(budget))
 
     def blocks(budget: float) -> Program:
-        return bench.setting.run(quantize(bench.strategy("slim", budget)), TuneBlocks())
+        return bench.setting.run(quantize(bench.strategy("slim", budget)), TuneClipping())
 
     return {
         "joint": after(bench.joint),
+        "tokens count alike": bench.alike,
+        "no coordinate descent": bench.unrefined,
         "one width per site": after(lambda b: bench.menus(b, bench.table("joint"), whole=True)),
         "no side branch": after(bench.unbranched),
         "gamma: mean of site": after(lambda b: bench.joint(b, bench.salience("site", site_means))),
         "gamma: one constant": after(lambda b: bench.joint(b, bench.salience("model", model_mean))),
         **{label: after(partial(bench.form, form)) for label, form in OTHER_FORMS.items()},
-        "nearest rounding": bench.nearest,
-        "columns by row": after(partial(bench.columns, whole=False)),
-        "columns by site": after(partial(bench.columns, whole=True)),
         "uniform": after(lambda b: bench.joint(b, None, "uniform")),
         "mixllm": after(partial(bench.strategy, "mixllm")),
         "slim": after(partial(bench.strategy, "slim")),
         "amlq": after(partial(bench.strategy, "amlq")),
+        "nearest rounding": bench.nearest,
+        "columns by row": after(partial(bench.columns, whole=False)),
+        "columns by site": after(partial(bench.columns, whole=True)),
         "slim balanced": blocks,
         "balanced": partial(bench.gradients, "balanced"),
         "best": partial(bench.gradients, "best"),

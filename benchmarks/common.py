@@ -23,8 +23,9 @@ import torch
 import transformers
 
 from mixcomp import manager
+from mixcomp.api import GRADIENT_TOKENS
 from mixcomp.budget import original_bits
-from mixcomp.calibration import resolve
+from mixcomp.calibration import Calibration, resolve
 from mixcomp.capture import capture
 from mixcomp.errors import MixCompError
 from mixcomp.evaluate import evaluate, text_windows
@@ -212,11 +213,17 @@ class Setting:
         model = load_original(arguments.model, device) if model is None else model
         tokens = calibration_tokens(arguments, tokenizer, model, draws)
         judge = Judge(model if original is None else original, model, judged_windows(arguments, tokenizer))
-        context = Context(torch.device(device), (tokens,), arguments.seed)
+        batches, held = Calibration((tokens,), "").split()
+        context = Context(torch.device(device), batches, arguments.seed, held=held)
         made = cls(arguments, model, capture(model), context, judge, tokens, tokenizer)
         if draws == 1:
-            made.program = made.run(made.program, CollectStatistics())
+            made.program = made.run(made.program, made.statistics)
         return made
+
+    @property
+    def statistics(self) -> Pass:
+        """As ``mixcomp.compile`` runs it on this device."""
+        return CollectStatistics(GRADIENT_TOKENS[self.context.device.type])
 
     def run(self, program: Program, *passes: Pass) -> Program:
         """Passes one after another, timed."""

@@ -316,11 +316,6 @@ def main(given: list[str] | None = None) -> None:
     setting = Setting.start(arguments)
     priced = setting.run(setting.program, AnnotateSalience())
     bench = Bench.of(setting, priced, arguments.held, arguments.check)
-    for name, names in groups_of(bench.shop.sites).items():
-        results.make({"single": name}, partial(bench.single, names, WIDTHS.index(arguments.width)))
-    for budget in arguments.budgets:
-        for name, factor in corrections(bench.shop, results.rows).items():
-            results.make({"check": name, "budget": budget}, partial(bench.checked, budget, factor))
     for budget in arguments.budgets:
         even = Decisions.read(setting.run(priced, AssignPrecision(Budget(budget), (), "uniform")))
         widths = torch.cat([even.sites[s.name].widths for s in bench.shop.sites])
@@ -328,6 +323,11 @@ def main(given: list[str] | None = None) -> None:
         draw = partial(lambda budget, what: setting.context.generator("correlation", f"{budget} {what}"), budget)
         for name, plan in plans(bench.shop, uniform, budget, arguments.each, draw):
             results.make({"plan": name, "budget": budget}, partial(bench.row, plan))
+    for name, names in groups_of(bench.shop.sites).items():
+        results.make({"single": name}, partial(bench.single, names, WIDTHS.index(arguments.width)))
+    for budget in arguments.budgets:
+        for name, factor in corrections(bench.shop, results.rows).items():
+            results.make({"check": name, "budget": budget}, partial(bench.checked, budget, factor))
     results.head["summary"] = summary(results.rows)
     results.write()
     results.finish()

@@ -23,7 +23,7 @@ from common import Results, Setting, parser
 import mixcomp
 from mixcomp.config import CompileConfig
 from mixcomp.fingerprint import Identity
-from mixcomp.passes import AnnotateSalience, AssignPrecision, CollectStatistics
+from mixcomp.passes import AnnotateSalience, AssignPrecision
 from mixcomp.passes.coupling import analyse
 from mixcomp.passes.decision import Decisions
 from mixcomp.planning import record
@@ -39,7 +39,7 @@ def one(setting: Setting, budget: float, draw: int, draws: int) -> dict[str, Any
     setting.context = Context(setting.context.device, (tokens,), setting.context.seed)
     setting.stages.clear()
     config = CompileConfig.from_kwargs(budget=budget, effort="fast", seed=setting.context.seed)
-    program = setting.run(setting.program, CollectStatistics())
+    program = setting.run(setting.program, setting.statistics)
     decided = setting.run(program, AnnotateSalience(), AssignPrecision(config.budget))
     fingerprint = Identity.of(decided).fingerprint
     plan = record(

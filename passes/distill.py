@@ -11,7 +11,6 @@ from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 
 from mixcomp.errors import CalibrationError
-from mixcomp.passes.in_order import in_order
 from mixcomp.passes.stages import Stage, Stages, Values, split
 from mixcomp.passes.tunable import Quantized, Settled, Tunable
 from mixcomp.passes.watch import sampled_residual
@@ -70,7 +69,7 @@ class Teacher:
         """How strongly the loss reacts to the hidden states that layers make: |dL/dh| relative to its mean over all
         tokens, fp32[windows, length] by name, from labels sampled from the original."""
         found: dict[str, list[torch.Tensor]] = {}
-        with torch.enable_grad(), in_order():
+        with torch.enable_grad():
             for window in texts.learn.split(texts.batch):
                 values: Values = {self.stages.tokens: window}
                 for k, part in enumerate(self.stages.parts):

@@ -1,4 +1,4 @@
-"""Sums in one fixed order, so that equal runs on a GPU give equal bits."""
+"""Sums in one fixed order, so that equal runs on a GPU give the same plan to the byte."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from mixcomp.packed import check_values, pack_codes, pack_zeros
 from mixcomp.passes import CollectStatistics, QuantizeWeights, ReorderFeatures, clipping
 from mixcomp.passes.assign_blocks import AssignBlocks
 from mixcomp.passes.clipping import Clipped
-from mixcomp.passes.descent import Descent
+from mixcomp.passes.descent import descend
 from mixcomp.passes.keep_samples import KeepSamples
 from mixcomp.program import Program, Site
 from programs import Blueprint, Kind, Layer, build, context
@@ -54,9 +54,8 @@ def pushed(one: Clipped, site: Site, rate: float = 0.2, steps: int = 12) -> None
     """Some steps towards a random weight."""
     target = one.weight().detach().float() * 0.8
     target += torch.randn(site.rows, site.columns, generator=torch.Generator().manual_seed(1)) * target.std() / 4
-    with Descent([one], {"upper": rate, "lower": rate}, steps) as descent:
-        for _ in range(steps):
-            descent.step(lambda: (one.weight() - target).square().mean())
+    picks = [torch.arange(1)] * steps
+    descend([one], {"upper": rate, "lower": rate}, picks, lambda _: (one.weight() - target).square().mean().backward())
 
 
 def starts_as_stored(program: Program, site: Site, anew: bool = True) -> None:
