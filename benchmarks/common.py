@@ -244,6 +244,7 @@ class Setting:
         return {
             "stored_bits_per_weight": bits / total,
             "payload_bits_per_weight": payload_bits(program) / total,
+            "mean_width": mean_width(program),
             "predicted_loss": float(program.tensors["budget/loss"]),
             "second_order_loss": second_order(self.program, weights, self.context.device),
             "scores": self.judge.score(program.sites, weights),
@@ -269,6 +270,16 @@ def stored_bits(program: Program) -> int:
             )
         bits += held
     return bits
+
+
+def mean_width(program: Program) -> dict[str, float]:
+    """Last part of a site's name -> mean width of a code over the model: where a strategy puts its bits."""
+    found: dict[str, list[float]] = {}
+    for site in program.open_sites():
+        found.setdefault(site.name.rpartition(".")[2], []).append(
+            float(program.tensor(site.name, "widths").float().mean())
+        )
+    return {kind: round(sum(own) / len(own), 3) for kind, own in found.items()}
 
 
 def payload_bits(program: Program) -> int:

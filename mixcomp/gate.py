@@ -12,7 +12,7 @@ import torch
 from mixcomp import manager
 from mixcomp.budget import original_bits
 from mixcomp.config import STRATEGIES
-from mixcomp.errors import BudgetError
+from mixcomp.errors import MixCompError
 from mixcomp.passes import InsertSideBranch, QuantizeWeights, ReorderFeatures
 from mixcomp.passes.decision import Assignment
 from mixcomp.passes.distill import Teacher
@@ -43,7 +43,8 @@ class Gate:
     ) -> None:
         """Score what is kept, then every rival: its passes run from ``measured`` on, except those that have run.
 
-        The least divergence wins, the earlier of equal ones.  A rival that cannot spend the budget is a row that says so.
+        The least divergence wins, the earlier of equal ones.  A rival that cannot spend the budget, or fails at anything
+        else, is a row that says so: it must not take joint's plan from the user.
         """
         if not context.held:
             self._enter(self.strategy, self.kept, reason="not scored: calibration is too little to keep a window back")
@@ -53,7 +54,7 @@ class Gate:
         for name in context.track("gate", (self.strategy, *rivals)):
             try:
                 program = self._quantized(measured, *rivals[name], done, context) if name in rivals else self.kept
-            except BudgetError as error:
+            except MixCompError as error:
                 self._enter(name, None, reason=str(error))
                 continue
             self._enter(name, program, teacher.distance(program, held, ends))

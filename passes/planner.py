@@ -86,10 +86,12 @@ def decide(
         shop = _shop(tensors, sites, index, count)
         if count == "stored":
             bought, parts = shop.buy(room)
+            spare = room - int(shop.offers.bits[:, 0].sum())  # where bits have no price branches must not eat up rows
             for s in sites:
                 loss, bits = shop.loss(s, parts[s.name]), branch_bits(s.rows, s.columns)
-                ranks[s.name] = rank_by_price(tensors[f"{s.name}/spectrum"], loss, bought.price, bits)
-                room -= ranks[s.name] * bits
+                wanted = rank_by_price(tensors[f"{s.name}/spectrum"], loss, bought.price, bits)
+                ranks[s.name] = min(wanted, spare // bits)
+                room, spare = room - ranks[s.name] * bits, spare - ranks[s.name] * bits
         bought, parts = shop.settle(room)
         price, gap = bought.price, bought.gap
     loss = sum(predicted(tensors, s, parts[s.name]) for s in sites)
