@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
+import kernel_times
 import pytest
 import torch
-from fragment_kernel import fragments, launch, tiles
+from fragment_kernel import fragments, launch, sites, sweep, tiles
 
 from interpreted_kernels import STRIDES, fenced
 from kernel_cases import Case, dyadic, exact
@@ -82,3 +86,35 @@ def test_refuses_what_it_would_misread():
     departed = type(weight)(SiteFormat(5, 40, (Segment(5, 4),), scales=Scales.FLOAT_GROUP), weight.codes, None, x)
     with pytest.raises(InputError, match="scales"):
         fragments.operands(departed)
+
+
+def test_the_command_up_to_the_clock(tmp_path, monkeypatch):
+    """All of benchmarks/kernel_times.py but graphs and libraries, on a tiny layer; every kernel is right there."""
+    small = {"DEVICE": "cpu", "SHAPES": {"a": (90, 384)}, "TOKENS": (1, 5)}
+    monkeypatch.setitem(sites.KERNELS, "overlap", launch.mixed_linear)  # the interpreter knows no overlapping launches
+    monkeypatch.setattr(sweep, "PROGRAMS", (1, 264))
+    for name, value in small.items():
+        monkeypatch.setattr(sites, name, value)
+    monkeypatch.setattr(sites, "median_time", lambda calls, _=0.03: float(calls[0]().isfinite().all()))
+    monkeypatch.setattr(sites, "library_times", lambda *_: {"fp16": 1.0})
+    monkeypatch.setattr(sweep, "SWEEP", {1: sweep.SWEEP[8][:1], 1 << 30: sweep.SWEEP[16][:1]})
+    monkeypatch.setattr(sweep, "STORED", {1: sweep.STORED[1][:1], 1 << 30: sweep.STORED[16][:1]})
+    monkeypatch.setattr(sweep, "check_all", lambda jobs: checked.extend(jobs))
+    monkeypatch.setattr(kernel_times, "hosts", dict)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    checked: list[sweep.Job] = []
+    kernel_times.main(["--sweep", "--kinds", "4.16 uniform", "4.4 mix", "--out", str(tmp_path / "times.json")])
+    found = json.loads((tmp_path / "times.json").read_text())
+    assert len(found["rows"]) == 2 * 2
+    assert all(row[kernel] == 1.0 for row in found["rows"] for kernel in sites.KERNELS), found["rows"]
+    assert len(found["best"]) == 2 * 2
+    assert {job.kernel for job in checked} == set(sites.KERNELS)
+    assert {job.widths for job in checked} == {WIDTHS, (4,)}
+
+
+@pytest.mark.parametrize("kernel", ["product", "fragments"])
+def test_the_check_of_the_command(kernel, monkeypatch):
+    monkeypatch.setattr(sites, "DEVICE", "cpu")
+    tile = {"product": sweep.stored.SMALL[1], "fragments": ONE}[kernel]
+    assert sweep.is_exact(sweep.Job(kernel, tile), 40, 512, 1, 1)
+    assert "power" in sweep.check_job(sweep.Job("fragments", dataclasses.replace(ONE, tokens=3)))

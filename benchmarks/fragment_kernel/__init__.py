@@ -5,14 +5,15 @@ This one reads them in the order in which the threads of a tensor-core instructi
 the stored bytes), so three instructions turn a pair of codes into operands (``operand``) and one batched dot serves all
 widths (``gemm``); where a site has few tiles, programs share its columns (``tiles``).
 
-**What is known.**  It is exact under Triton's interpreter (tests/test_fragment_kernel.py) for fp16 and fp32, and an earlier
-copy of it compiled for sm_90.  It has NOT been timed on a GPU, nor has bf16 or the inline assembly been run on one: nothing
-says yet that it is faster, and the numbers in ``tiles`` are guesses.
+**What is known.**  It is exact under Triton's interpreter (tests/test_fragment_kernel.py) for fp16 and fp32, and compiles
+for sm_90.  It has NOT been timed on a GPU, nor have bf16, the inline assembly or overlapping launches been tried on one:
+nothing says yet that it is faster, and the numbers in ``tiles`` are guesses.
 
-**How to run it.**  On a machine with an H100, from the repository's root (about 8 minutes; without ``--check --sweep`` 3)::
+**How to run it.**  On a machine with an H100, from the repository's root (meant to end within 10 minutes, which has not
+been tried; without ``--sweep`` it is shorter)::
 
     make build/typecheck && PYTHONUNBUFFERED=1 PYTHONPATH=build/typecheck \\
-        python3 benchmarks/kernel_times.py --check --sweep --out kernel_times.json
+        python3 benchmarks/kernel_times.py --sweep --out kernel_times.json
 
 **What the run answers.**  Is every tile exact on the device, in fp16, bf16 and fp32?  Which tile and split is the fastest
 for each shape and number of tokens?  How do the linears of a Llama-3.1-8B layer then compare with the product's kernel,
