@@ -1,0 +1,149 @@
+"""Random sites on a device, timed calls of every kernel on them, and the libraries they are compared with.
+
+A timing is the median of CUDA-graph replays; a replay walks over enough copies of the weight to leave the L2 cache three
+times.  Every kernel is compared with an fp32 product first.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from fragment_kernel import fragments, launch
+from mixcomp.format import Segment, SiteFormat
+from mixcomp.kernels import launch as product
+from mixcomp.packed import PackedWeight
+
+SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+TOKENS = (1, 4, 16, 64, 256)
+#: kind -> width -> share of the rows
+KINDS = {
+    "4.16 uniform": {4: 1.0},
+    "2.16 uniform": {2: 1.0},
+    "4.4 mix": {6: 0.09, 5: 0.28, 4: 0.45, 3: 0.18},
+    "2.6 mix": {4: 0.08, 3: 0.30, 2: 0.62},
+}
+DEVICE = "cuda"
+TRAFFIC = 160e6
+#: relative, of a whole output; fp16 outputs are rounded at 5e-4
+TOLERANCE = 1e-3
+#: name -> the kernel, called with (x, tensors by name, bias=, fmt=, tile=)
+KERNELS: dict[str, Callable[..., torch.Tensor]] = {
+    "product": product.mixed_linear,
+    "fragments": launch.mixed_linear,
+    "overlap": partial(launch.mixed_linear, overlap=True),
+}
+Calls = list[Callable[[], torch.Tensor]]
+Tensors = dict[str, torch.Tensor | None]
+
+
+def site_format(rows: int, columns: int, kind: str) -> SiteFormat:
+    """Rows of every width, each but the last a multiple of 8; scattered if there are several."""
+    shares = KINDS[kind]
+    parts = [Segment(int(rows * share) // 8 * 8, width) for width, share in [*shares.items()][:-1]]
+    parts.append(Segment(rows - sum(part.rows for part in parts), min(shares)))
+    return SiteFormat(rows, columns, tuple(parts), scatter=len(parts) > 1)
+
+
+class Site:
+    """A random weight, its dense form fp32[rows, columns], and copies of what each kernel reads."""
+
+    def __init__(self, fmt: SiteFormat) -> None:
+        draw = torch.Generator(DEVICE).manual_seed(0)
+        tensors = {}
+        for name, (dtype, shape) in fmt.tensors().items():
+            if name == "row_index":
+                tensors[name] = torch.randperm(fmt.rows, generator=draw, device=DEVICE).to(dtype)
+            elif name == "factors":
+                tensors[name] = (torch.rand(shape, generator=draw, device=DEVICE) * 1e-3 + 1e-4).to(dtype)
+            else:  # random bytes are random codes and group scales
+                tensors[name] = torch.randint(0, 256, shape, generator=draw, dtype=dtype, device=DEVICE)
+        weight = PackedWeight.from_tensors(fmt, tensors)
+        self.fmt = fmt
+        self.dense = weight.dequantize()
+        self.copies = {kernel: copies(operands(kernel, weight)) for kernel in ("product", "fragments")}
+        self.copies["overlap"] = self.copies["fragments"]
+
+    def calls(self, kernel: str, x: torch.Tensor, tile: Any = None) -> Calls:
+        """A call for every copy."""
+        run = partial(KERNELS[kernel], x, bias=None, fmt=self.fmt, tile=tile)
+        return [partial(run, **held) for held in self.copies[kernel]]
+
+    def time(self, kernel: str, x: torch.Tensor, tile: Any = None, seconds: float = 0.03) -> float | str:
+        """Microseconds a call, or what went wrong."""
+        wanted = x.float() @ self.dense.T
+        try:
+            calls = self.calls(kernel, x, tile)
+            for call in (calls[0], calls[0]):
+                error = ((call().float() - wanted).norm() / wanted.norm()).item()
+                if not error <= TOLERANCE:
+                    return f"WRONG {error:.1e}"
+            return median_time(calls, seconds)
+        except Exception as problem:  # a tile that does not fit is a result, and the rest is worth its time
+            return f"{type(problem).__name__}: {str(problem)[:100]}"
+
+
+def operands(kernel: str, weight: PackedWeight) -> Tensors:
+    """The tensors that a kernel reads, by name."""
+    if kernel != "product":
+        return fragments.operands(weight)
+    return dict.fromkeys(("row_index", "branch_a", "branch_b", "branch_scale")) | weight.tensors()
+
+
+def copies(tensors: Tensors) -> list[Tensors]:
+    """At least two copies, of TRAFFIC bytes together."""
+    size = sum(t.nbytes for t in tensors.values() if t is not None)
+    count = max(2, math.ceil(TRAFFIC / size)) if torch.cuda.is_available() else 2
+    return [{name: None if t is None else t.clone() for name, t in tensors.items()} for _ in range(count)]
+
+
+def median_time(calls: Calls, seconds: float = 0.03) -> float:
+    """Microseconds a call: all calls in one graph, the median of its replays."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    once = _replay(graph, 1)[0]
+    spans = _replay(graph, int(min(40, max(7, seconds * 1e3 / max(1e-3, once)))))
+    return statistics.median(spans) * 1e3 / len(calls)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, times: int) -> list[float]:
+    """Milliseconds of each of ``times`` replays that follow one another without a gap, after one that does not count."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    graph.replay()
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    return [first.elapsed_time(then) for first, then in pairwise(events)]
+
+
+def library_times(rows: int, columns: int, tokens: int) -> dict[str, float]:
+    """cuBLAS in fp16 and bf16, tinygemm's 4 bits with groups of 128."""
+    times = {}
+    count = math.ceil(TRAFFIC / (2 * rows * columns)) + 1
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        x = torch.randn(tokens, columns, dtype=dtype, device=DEVICE)
+        weights = [torch.randn(rows, columns, dtype=dtype, device=DEVICE) for _ in range(count)]
+        times[name] = median_time([partial(torch.nn.functional.linear, x, w) for w in weights])
+    try:
+        count = math.ceil(TRAFFIC / (rows * columns / 2)) + 1
+        packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
+        packed = torch._convert_weight_to_int4pack(packed, 8)
+        scales = torch.rand(columns // 128, rows, 2, dtype=torch.bfloat16, device="cuda")
+        pairs = [(packed.clone(), scales.clone()) for _ in range(count)]
+        mm = torch.ops.aten._weight_int4pack_mm
+        times["tinygemm"] = median_time([partial(mm, x, p, 128, s) for p, s in pairs])
+    except (AttributeError, RuntimeError) as problem:
+        print("tinygemm:", str(problem)[:100])
+    return times
