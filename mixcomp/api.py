@@ -34,6 +34,7 @@ from mixcomp.planning import open_measurement, record
 from mixcomp.plans import Compiled, Plan, parse_widths
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass, Progress
+from mixcomp.workdir import Workdir
 
 if TYPE_CHECKING:
     from mixcomp.config import Budget
@@ -68,6 +69,7 @@ def compile(
     length: int | None = None,
     min_coverage: float = 0.9,
     copy: bool = False,
+    workdir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> torch.nn.Module:
     """Give the model back with its linears stored within ``budget`` bits per weight.
@@ -93,6 +95,8 @@ def compile(
         samples, length: calibration windows and their tokens; by default 48 x 512 on CPU, 128 x 2048 on a GPU.
         min_coverage: least share of the decoder's weights that must be compiled.
         copy: leave ``model`` alone and return a compiled copy.
+        workdir: a folder that keeps the layers that were learned, so that the same call goes on there if it is cut off;
+            they are deleted when it ends.
         progress: called with (stage, done, total).
 
     The gate: about a quarter of the calibration windows, eight at most, only judge.  On them the quantized plans of joint
@@ -107,7 +111,7 @@ def compile(
         budget=budget, strategy=strategy, effort=effort, include=include, exclude=exclude, overrides=overrides,
         activations=activations, seed=seed, samples=samples, length=length, min_coverage=min_coverage,
     )  # fmt: skip
-    run = _Run.start(model, config, config.alone, copy, progress)
+    run = _Run.start(model, config, config.alone, copy, progress, workdir)
     fixed = tuple(sorted(config.fixed(s.name for s in run.program.open_sites()).items()))
     measuring, deciding = passes_of(config.strategy, config.budget, fixed, run.gradient_tokens)
     bounds = deciding.limits(run.program)
@@ -165,6 +169,7 @@ def apply(
     calibration: Any = None,
     tokenizer: Any = None,
     copy: bool = False,
+    workdir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> torch.nn.Module:
     """Give the model back compiled as ``plan`` says; in place, all or nothing, as ``compile`` does.
@@ -176,7 +181,7 @@ def apply(
             process lives.  Nothing is learned by gradients then, as a measurement holds no text.  Without one the model
             runs on calibration text again, with the plan's options, and ``model.mixcomp.report["calibration"]`` says so.
         calibration, tokenizer: for calibrating again, as in ``compile``.
-        copy, progress: as in ``compile``.
+        copy, workdir, progress: as in ``compile``.
 
     Raises:
         MismatchError: plan or measurement were made from another model; the first differences are named.
@@ -189,7 +194,7 @@ def apply(
     measured = None if given is None else open_measurement(given)
     if measured is not None and calibration is not None:
         raise ConfigError("calibration and a measurement are given, and the measurement holds its own; leave one out")
-    run = _Run.start(model, config, config.alone, copy, progress)
+    run = _Run.start(model, config, config.alone, copy, progress, workdir)
     identity = run.identify()
     if measured is not None:
         identity.require(measured.identity)
@@ -243,6 +248,7 @@ class _Run:
     couplings: Couplings
     device: torch.device
     clock: Clock
+    workdir: Workdir | None = None
     context: Context = field(default_factory=Context)
 
     @classmethod
@@ -253,8 +259,10 @@ class _Run:
         alone: tuple[str, ...],
         copy: bool,
         progress: Progress | None,
+        workdir: str | Path | None = None,
     ) -> _Run:
         """Capture ``model``, or a copy of it."""
+        kept = None if workdir is None else Workdir.open(workdir)
         clock = Clock(progress)
         with clock.stage("capture"):
             target = _copy(model) if copy else model
@@ -262,7 +270,7 @@ class _Run:
                 target, include=config.include, exclude=config.exclude + alone, min_coverage=config.min_coverage
             )
         device = program.weight(program.open_sites()[0]).device
-        return cls(target, program, analyse(program), device, clock)
+        return cls(target, program, analyse(program), device, clock, kept)
 
     def identify(self) -> Identity:
         """Which model it is."""
@@ -277,7 +285,7 @@ class _Run:
                 seed=config.seed, device=self.device,
             )  # fmt: skip
         batches, held = text.split()
-        self.context = Context(self.device, batches, config.seed, self.clock.progress, held)
+        self.context = Context(self.device, batches, config.seed, self.clock.progress, held, self.workdir)
         return text
 
     @property
@@ -316,6 +324,8 @@ class _Run:
         program = self.passes(program, (*tuning, LowerLinears()))
         with self.clock.stage("write back"):
             write_back(program, self.target)
+        if self.workdir:
+            self.workdir.clear()
         held = self.context.held
         calibration |= {"held_windows": sum(map(len, held)), "held_tokens": sum(b.numel() for b in held)}
         report = self.clock.report(self.device, calibration) | {"strategy": config.strategy, "gate": []} | found

@@ -44,6 +44,7 @@ Overrides = Annotated[list[str] | None, typer.Option(help="PATTERN=WIDTH; width 
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows (48 on a CPU, 128 on a GPU).")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a window (512 on a CPU, 2048 on a GPU).")]
+Work = Annotated[Path | None, typer.Option("--workdir", help="Keeps learned layers: the same command goes on there.")]
 Coverage = Annotated[float, typer.Option(help="Least share of the decoder's weights to compile.")]
 
 
@@ -64,6 +65,7 @@ def compile_verb(
     samples: Samples = None,
     length: Length = None,
     min_coverage: Coverage = 0.9,
+    workdir: Work = None,
     device: Device = None,
     json: AsJson = False,
 ) -> None:
@@ -91,7 +93,7 @@ def compile_verb(
         artifact.check_replaceable(out)
         original = sources.load_original(model, sources.pick_device(device))
         tokenizer = sources.load_tokenizer(model)
-        options |= {"calibration": calibration, "tokenizer": tokenizer, "progress": progress}
+        options |= {"calibration": calibration, "tokenizer": tokenizer, "workdir": workdir, "progress": progress}
         return _saved(api.compile(original, **options), out, tokenizer, progress)
 
     answer(work, json)
@@ -191,6 +193,7 @@ def apply_verb(
         Path | None, typer.Option(help="Folder of the measurement; without it MODEL is calibrated again.")
     ] = None,
     calibration: TextFile = None,
+    workdir: Work = None,
     device: Device = None,
     json: AsJson = False,
 ) -> None:
@@ -206,8 +209,9 @@ def apply_verb(
         original = sources.load_original(model, sources.pick_device(device))
         tokenizer = sources.load_tokenizer(model)
         compiled = api.apply(
-            original, made, measurement=measured, calibration=calibration, tokenizer=tokenizer, progress=progress
-        )
+            original, made, measurement=measured, calibration=calibration, tokenizer=tokenizer, workdir=workdir,
+            progress=progress,
+        )  # fmt: skip
         return _saved(compiled, out, tokenizer, progress)
 
     answer(work, json)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -35,12 +35,23 @@ def silent(_what: str, _done: int, _total: int) -> None:
     """The progress callback that shows nothing."""
 
 
+class Memory(Protocol):
+    """Where a pass keeps what it has finished, for the case that it is cut off."""
+
+    def load(self, name: str) -> dict[str, torch.Tensor] | None:
+        """What was kept under ``name``, or None."""
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep ``tensors`` under ``name``, which says all that they depend on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """Everything a pass may know besides the program.
 
     ``batches`` are calibration tokens, int64[samples, length] each; ``device`` is where heavy work runs.  ``held`` are
-    windows kept back from ``batches``: nothing is measured on them and nothing learned, they only judge.
+    windows kept back from ``batches``: nothing is measured on them and nothing learned, they only judge.  ``memory``
+    holds finished parts of long passes, where the user wants that.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -48,6 +59,7 @@ class Context:
     seed: int = 0
     progress: Progress = silent
     held: tuple[torch.Tensor, ...] = ()
+    memory: Memory | None = None
 
     def track(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
         """Yield ``items``, reporting before each one how many are done, and at last that all are."""

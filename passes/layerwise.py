@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import ClassVar
 
 import torch
@@ -25,7 +26,7 @@ class LayerByLayer(Pass):
     every output feature counts by ``gamma``, how strongly the loss reacts to it, and that of every token by the norm of
     its gradient, ``Teacher.strengths``.  What was learned is kept only if
     KL(original || quantized) on calibration windows that took no part is smaller with it; a program without a site to
-    learn comes back as it is.
+    learn comes back as it is.  Finished layers are kept in ``Context.memory``, and not learned again from there.
 
     Options:
         steps: of Adam per layer; rates fall linearly to 0.
@@ -60,6 +61,7 @@ class LayerByLayer(Pass):
     def _layers(self, program: Program, teacher: Teacher, texts: Texts, context: Context) -> dict[str, torch.Tensor]:
         stages, out = teacher.stages, dict[str, torch.Tensor]()
         strengths = teacher.strengths(texts, context.generator(self.name, "labels"))
+        work = self._digest(program, texts, context) if context.memory else ""
         given: Values = {}
         exact: Values = {}
         for k in context.track(self.name.replace("-", " "), stages.layers):
@@ -67,14 +69,30 @@ class LayerByLayer(Pass):
             wanted = self._through(teacher, k, teacher.weights, exact, texts)
             tuned = {name: self._start(program, program.site(name), context.device) for name in part.sites}
             if any(one.learned() for one in tuned.values()):
-                batches = _Batches(
-                    teacher, k, texts, given, wanted, _importance(program, part.sites, wanted), strengths
-                )
-                self._learn(tuned, batches, context.generator(self.name, str(k)))
-                out.update(stored_tensors(tuned))
-            weights = {name: one.weight().detach() for name, one in tuned.items()}
+                done = context.memory.load(f"{work}-{k}") if context.memory else None
+                if done is None:
+                    batches = _Batches(
+                        teacher, k, texts, given, wanted, _importance(program, part.sites, wanted), strengths
+                    )
+                    self._learn(tuned, batches, context.generator(self.name, str(k)))
+                    done = stored_tensors(tuned)
+                    if context.memory:
+                        context.memory.save(f"{work}-{k}", done)
+                out |= {key: tensor.to(context.device) for key, tensor in done.items()}
+            stored = program.with_tensors(out)
+            weights = {name: Settled.of(stored, program.site(name), context.device).weight() for name in part.sites}
             given, exact = self._through(teacher, k, weights, given, texts), wanted
         return out
+
+    def _digest(self, program: Program, texts: Texts, context: Context) -> str:
+        """Of all that learning depends on."""
+        found = sha256(f"{self.spec()} {context.seed}".encode())
+        for site in program.open_sites():
+            own = (program.tensor(site.name, name) for name in site.layout.tensors())
+            for tensor in (program.weight(site).detach(), *own):
+                found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        found.update(texts.learn.cpu().numpy().data)
+        return f"{self.name}-{found.hexdigest()[:32]}"
 
     def _start(self, program: Program, site: Site, device: torch.device) -> Quantized:
         return self.tunable(program, site, device) if self.learns(site) else Settled.of(program, site, device)

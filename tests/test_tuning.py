@@ -20,6 +20,7 @@ from mixcomp.passes.strategies import passes_of
 from mixcomp.passes.tune_blocks import TuneBlocks
 from mixcomp.passes.tune_clipping import TuneClipping
 from mixcomp.passes.tune_model import TuneModel
+from mixcomp.passes.watch import logits_of, sampled_residual
 from mixcomp.printer import Digests, digest
 from mixcomp.program import Program
 from mixcomp.protocol import Context, Pass
@@ -145,3 +146,31 @@ def test_forms_of_the_papers_stay_as_they_are() -> None:
     weights = {name: one.weight() for name, one in settled.items()}
     found = [stages.parts[-1].run(v, weights)[stages.logits] for v in stages.forward(lambda _: weights, ids)]
     torch.testing.assert_close(torch.cat(found), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_strengths_are_norms_of_gradients_of_hidden_states() -> None:
+    """Against one backward pass through the whole graph, node by node, with the same labels."""
+    program = capture(families.build("llama", num_hidden_layers=2))
+    context = Context(CPU, (tokens(6, 4),), 0, held=(tokens(2, 5),))
+    teacher, texts = Teacher.of(program), Texts.of(context)
+    found = teacher.strengths(texts, context.generator("x"))
+    names = {name for k in teacher.stages.layers for name in teacher.stages.parts[k].outputs}
+    assert found
+    assert found.keys() <= names
+    values: dict[str, torch.Tensor] = {}
+
+    class Reader(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> object:
+            y = super().run_node(n)
+            if n.name in found:
+                y.retain_grad()
+                values[n.name] = y
+            return y
+
+    logits = logits_of(Reader(program.graph_module).run(texts.learn))
+    logits.backward(sampled_residual(logits.detach(), context.generator("x")))
+    for name, relative in found.items():
+        grad = values[name].grad
+        assert grad is not None
+        norms = grad.float().norm(dim=-1)
+        torch.testing.assert_close(relative, norms / norms.mean(), rtol=1e-3, atol=1e-5)
