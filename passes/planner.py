@@ -86,7 +86,8 @@ def decide(
         shop = _shop(tensors, sites, index, count)
         if count == "stored":
             bought, parts = shop.buy(room)
-            spare = room - int(shop.offers.bits[:, 0].sum())  # where bits have no price branches must not eat up rows
+            # where bits have no price branches must not eat up rows
+            spare = max(0, room - int(shop.offers.bits[:, 0].sum()))
             for s in sites:
                 loss, bits = shop.loss(s, parts[s.name]), branch_bits(s.rows, s.columns)
                 wanted = rank_by_price(tensors[f"{s.name}/spectrum"], loss, bought.price, bits)

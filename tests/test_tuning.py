@@ -62,7 +62,7 @@ def divergence(program: Program) -> float:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_both_passes_bring_the_model_closer(family: str) -> None:
     start = quantized(family)
-    blocks = manager.run(start, (TuneBlocks(steps=60),), CONTEXT, level=2)
+    blocks = manager.run(start, (TuneBlocks(steps=150),), CONTEXT, level=2)
     model = manager.run(blocks, (TuneModel(steps=30),), CONTEXT, level=2)
     found = [divergence(p) for p in (start, blocks, model)]
     assert found[1] < 0.97 * found[0]
