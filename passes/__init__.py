@@ -2,12 +2,12 @@
 
 ::
 
-    collect-statistics  what calibration text says about inputs and outputs      S = E[x x^T], gamma = E[(dL/dy)^2]
+    collect-statistics  what calibration text says about inputs and outputs      S = E[|g| x x^T], gamma = E[g^2], g = dL/dy
     annotate-salience   what each row would cost at each width                   six GPTQ runs
     assign-precision    which width each row gets                                one budget, one price
     (follow-plan        takes the widths from a plan instead)
     reorder-features    rows sorted into segments                                absorbed by the consumer, or scattered
-    quantize-weights    codes and scales                                         GPTQ at the assigned widths
+    quantize-weights    codes and scales                                         GPTQ, then coordinate descent
     insert-side-branch  low-rank pairs where a direction pays for its bits       closed form
     tune-blocks         rounding and scales learned layer by layer               effort balanced and best
     tune-model          scales learned from the original's predictions           effort best
@@ -16,8 +16,8 @@
 
 ``strategies`` lists what other strategies put in place of the second and third.
 
-No pass imports another pass, but for tune-clipping, which has the loop of tune-blocks; ``gptq``, ``allocate``, ``planner``,
-``coupling``, ``orders``, ``directions``, ``stacks`` and others are mathematics they share.
+No pass imports another pass; ``gptq``, ``refine``, ``allocate``, ``planner``, ``coupling``, ``orders``, ``directions``,
+``stacks`` and others are mathematics they share, ``layerwise`` is the loop of tune-blocks and tune-clipping.
 """
 
 from mixcomp.passes.follow import FollowPlan
