@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
+from safetensors.torch import load, save
 
 from mixcomp.errors import ArtifactError, StorageError
 from mixcomp.files import read_whole, sha256, write_atomic
@@ -42,11 +42,11 @@ class Workdir:
         digest, _, data = read_whole(path.parent, path.name, _LIMIT).partition(b"\n")
         if digest.decode("ascii", "replace") != sha256(data):
             raise ArtifactError(f"{path.name}: damaged, its digest does not match; delete it and start again")
-        return safetensors.torch.load(data)
+        return load(data)
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep ``tensors`` under ``name``; ``StorageError`` where the file system refuses."""
-        data = safetensors.torch.save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
+        data = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
         self._own.add(self._path(name))
         write_atomic(self._path(name), sha256(data).encode() + b"\n" + data)
 
