@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 
 from mixcomp.errors import CalibrationError
-from mixcomp.passes.in_order import in_order
+from mixcomp.passes.backward import Backward
 from mixcomp.passes.mixllm import check_widths, feature_dots, taylor_salience
 from mixcomp.passes.rounding import round_range
-from mixcomp.passes.watch import Watch, logits_of
 from mixcomp.program import Program
 from mixcomp.protocol import Context, Pass
 
@@ -56,10 +56,9 @@ class ScoreFeatures(Pass):
                 y.requires_grad_()
             y.register_hook(lambda g: self._add_dots(dots[name], program.weight(sites[name]), x, g))
 
-        watch = Watch(program.graph_module, tap)
+        backward = Backward.of(program, context.device)
         for ids in context.track("feature salience", sequences):
-            with torch.enable_grad(), in_order():
-                _summed_loss(logits_of(watch.run(ids.to(context.device))), ids.to(context.device)).backward()
+            backward.run(ids.to(context.device), partial(_residual, ids=ids.to(context.device)), tap)
             for name, own in dots.items():
                 # 16-bit gradients of a summed loss stay in range; the mean is taken here
                 total[name] += taylor_salience(own / (ids.shape[1] - 1))
@@ -80,8 +79,12 @@ class ScoreFeatures(Pass):
             total[:, i] += feature_dots(gradient, x, round_range(weight, width, self.group) - weight)
 
 
-def _summed_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum")
+def _residual(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Gradient of the summed negative log-likelihood of one sequence's next tokens at its logits [1, length, tokens]."""
+    out = logits.float().softmax(-1)
+    out[:, :-1].scatter_add_(-1, ids[:, 1:, None], -torch.ones_like(out[:, :-1, :1]))
+    out[:, -1] = 0  # nothing follows
+    return out.to(logits.dtype)
 
 
 def _finite(name: str, scores: torch.Tensor) -> torch.Tensor:

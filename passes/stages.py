@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from mixcomp.errors import CalibrationError
 from mixcomp.ops import LINEAR
 from mixcomp.program import META, Program
 
@@ -75,16 +76,19 @@ class Stages:
         return tuple(sorted(made & needed))
 
 
-def split(program: Program) -> Stages:
+def split(program: Program, *, layers: bool = True) -> Stages:
     """Cut a program's graph where a new decoder layer begins, by the module paths that capture left on the nodes.
 
-    A graph without numbered layers becomes a single layer between an empty beginning and an empty end.
+    A graph without numbered layers becomes a single layer between an empty beginning and an empty end.  Without
+    ``layers`` all of it is one part.
     """
     graph = program.graph_module.graph
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    number, last = _numbers(nodes)
+    number, last = _numbers(nodes) if layers else (dict.fromkeys(nodes, 0), 0)
     result = next(n for n in graph.nodes if n.op == "output").args[0]
     logits = _first_tensor(result)
+    if all(user.op == "output" for user in logits.users):
+        number[logits] = last  # also where the last layer makes them: whoever reads ``logits`` finds them in one place
     sites = {s.name for s in program.open_sites()}
     parts = [[n for n in nodes if number[n] == i] for i in range(last + 1)]
     made = tuple(_part(program.graph_module, part, number, i, logits, sites) for i, part in enumerate(parts))
@@ -126,7 +130,7 @@ def _first_tensor(result: object) -> fx.Node:
         return result
     if isinstance(result, (tuple, list)):
         return _first_tensor(result[0])
-    raise TypeError(f"the graph's output starts with {result!r}, not with logits")
+    raise CalibrationError(f"the model's output starts with {result!r:.80}, not with logits; MixComp needs logits")
 
 
 def _part(

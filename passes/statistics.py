@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 
 from mixcomp.errors import CalibrationError
-from mixcomp.passes.in_order import in_order
-from mixcomp.passes.watch import FORWARD_TOKENS, Watch, logits_of, regroup, sampled_residual
+from mixcomp.passes.backward import Backward
+from mixcomp.passes.watch import FORWARD_TOKENS, Watch, regroup, sampled_residual
 from mixcomp.program import Fact, Program, Site
 from mixcomp.protocol import Context, Pass
 
-#: bytes of activations one backward pass may keep alive
-BACKWARD_BYTES = 8 << 30
 #: tokens of context that a window of the backward pass keeps at least
 SHORTEST = 256
 
@@ -53,12 +52,13 @@ class CollectStatistics(Pass):
         if not context.batches:
             raise CalibrationError("collect-statistics has no calibration tokens; give at least one batch")
         sums = _Sums.of(program, context.device)
-        with_gradients, without = _split_batches(program, context, self.gradient_tokens)
-        self._backward(program, context, with_gradients, sums)
+        backward = Backward.of(program, context.device)
+        with_gradients, without = _split_batches(context, self.gradient_tokens, backward.tokens)
+        self._backward(backward, context, with_gradients, sums)
         self._forward(program, context, without, sums)
         return program.with_tensors(sums.means())
 
-    def _backward(self, program: Program, context: Context, batches: list[torch.Tensor], sums: _Sums) -> None:
+    def _backward(self, backward: Backward, context: Context, batches: list[torch.Tensor], sums: _Sums) -> None:
         def tap(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
             if name not in sums.gamma:
                 return
@@ -66,12 +66,9 @@ class CollectStatistics(Pass):
                 y.requires_grad_()
             y.register_hook(lambda g: sums.add(name, x, g))
 
-        watch = Watch(program.graph_module, tap)
         for number, batch in enumerate(context.track("sensitivities", batches)):
             draw = context.generator(self.name, f"labels {number}")
-            with torch.enable_grad(), in_order():
-                logits = logits_of(watch.run(batch.to(context.device)))
-                logits.backward(sampled_residual(logits.detach(), draw))
+            backward.run(batch.to(context.device), partial(sampled_residual, draw=draw), tap)
 
     def _forward(self, program: Program, context: Context, batches: list[torch.Tensor], sums: _Sums) -> None:
         watch = Watch(program.graph_module, lambda name, x, _: sums.add(name, x, None))
@@ -142,15 +139,11 @@ def _add_outer(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None
         total.addmm_(scaled.T, scaled)
 
 
-def _split_batches(
-    program: Program, context: Context, gradient_tokens: int
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Batches for backward passes, and the rest for forward passes; the same however the text came in batches."""
-    per_token = 3 * sum((s.rows + s.columns) * s.weight.dtype.itemsize for s in program.sites)
-    forward = FORWARD_TOKENS[context.device.type]
-    limit = min(BACKWARD_BYTES // max(per_token, 1), forward)
+def _split_batches(context: Context, gradient_tokens: int, limit: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Batches of at most ``limit`` tokens for backward passes, and the rest for forward passes; the same however the text
+    came in batches."""
     windows = [window for batch in context.batches for window in batch.split(1)]
     count = max(1, gradient_tokens // windows[0].shape[1])
     shortest = max(limit, SHORTEST)  # windows of a model too large for whole ones are cut, and end pieces dropped
     pieces = [p for w in windows[:count] for p in w.split(shortest, 1) if p.shape[1] == min(shortest, w.shape[1])]
-    return regroup(pieces, limit), regroup(windows[count:], forward)
+    return regroup(pieces, limit), regroup(windows[count:], FORWARD_TOKENS[context.device.type])

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from mixcomp.errors import CalibrationError
 from mixcomp.ops import LINEAR
 from mixcomp.program import META
 
 #: tokens of one forward pass without gradients
 FORWARD_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+#: what sees a linear's name, input and output
+Tap = Callable[[str, torch.Tensor, torch.Tensor], None]
 
 
 class Watch(fx.Interpreter):
@@ -24,7 +27,7 @@ class Watch(fx.Interpreter):
     coarse, a 16-bit model runs in fp32: weights are widened at their use, so no second copy of the model exists.
     """
 
-    def __init__(self, module: fx.GraphModule, tap: Callable[[str, torch.Tensor, torch.Tensor], None]) -> None:
+    def __init__(self, module: fx.GraphModule, tap: Tap) -> None:
         super().__init__(module)
         self.tap = tap
         first = next(module.parameters(), None)
@@ -59,18 +62,6 @@ _ASSERT_METADATA = torch.ops.aten._assert_tensor_metadata.default
 
 def _wide_dtype(value: Any) -> Any:
     return torch.float32 if isinstance(value, torch.dtype) and value in _NARROW else value
-
-
-def logits_of(output: Any) -> torch.Tensor:
-    """Logits of a model output (a tensor, an object with ``logits`` or a tuple that starts with them)."""
-    if isinstance(output, torch.Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, (tuple, list)):
-        logits = output[0]
-    if not isinstance(logits, torch.Tensor):
-        raise CalibrationError(f"the model's output is a {type(output).__name__} without logits; MixComp needs logits")
-    return logits
 
 
 def sampled_residual(logits: torch.Tensor, draw: torch.Generator) -> torch.Tensor:

@@ -20,7 +20,7 @@ from mixcomp.passes.strategies import passes_of
 from mixcomp.passes.tune_blocks import TuneBlocks
 from mixcomp.passes.tune_clipping import TuneClipping
 from mixcomp.passes.tune_model import TuneModel
-from mixcomp.passes.watch import logits_of, sampled_residual
+from mixcomp.passes.watch import sampled_residual
 from mixcomp.printer import Digests, digest
 from mixcomp.program import Program
 from mixcomp.protocol import Context, Pass
@@ -167,7 +167,7 @@ def test_strengths_are_norms_of_gradients_of_hidden_states() -> None:
                 values[n.name] = y
             return y
 
-    logits = logits_of(Reader(program.graph_module).run(texts.learn))
+    logits = Reader(program.graph_module).run(texts.learn).logits
     logits.backward(sampled_residual(logits.detach(), context.generator("x")))
     for name, relative in found.items():
         grad = values[name].grad
