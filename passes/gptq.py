@@ -15,10 +15,9 @@ import torch
 
 from mixcomp.errors import WeightError
 from mixcomp.format import GROUP
-from mixcomp.quant import Rounding, round_column
+from mixcomp.passes.columns import BLOCK, round_columns
+from mixcomp.quant import Rounding
 
-#: columns whose updates are collected before the rest of the matrix is touched (a GEMM instead of rank-1 updates)
-BLOCK = 64
 DAMPING = 0.01
 MAX_DAMPING = 1e4
 
@@ -93,22 +92,13 @@ def gptq(tasks: Sequence[Task]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     left = torch.stack([t.weight.T[t.known.order] for t in tasks])  # [tasks, columns, rows]
     factor = torch.stack([t.known.factor for t in tasks])
     steps, offsets, tops = (torch.stack(part) for part in zip(*map(numbers, tasks), strict=True))
-    columns, zero = left.shape[1], torch.zeros_like(left[:, 0])
-    codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
-    loss = torch.zeros_like(zero)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        block, errors = left[:, start:stop], torch.empty_like(left[:, start:stop])
-        inside = factor[:, start:stop, start:stop]
-        for j in range(stop - start):
-            step, offset, top = (t[:, (start + j) // GROUP] for t in (steps, offsets, tops))
-            code = round_column(block[:, j], step, offset, zero, top)
-            torch.sub(block[:, j], (code - offset).mul_(step), out=errors[:, j]).div_(inside[:, j, j, None])
-            block[:, j] = code
-            block[:, j + 1 :].addcmul_(inside[:, j, j + 1 :, None], errors[:, j, None], value=-1)
-        codes[:, start:stop] = block
+    loss = torch.zeros_like(left[:, 0])
+    for start in range(0, left.shape[1], BLOCK):
+        errors = round_columns(left, left, factor, steps, offsets, tops, start)
+        stop = start + errors.shape[1]
         loss += errors.square().sum(1)
         left[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
+    codes = left.to(torch.uint8)
     return [(restore(own, t.known.order), lost) for own, lost, t in zip(codes, loss, tasks, strict=True)]
 
 

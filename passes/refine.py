@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from mixcomp.format import GROUP, MAX_GROUP_SCALE
-from mixcomp.passes.gptq import BLOCK, Task, numbers, restore
-from mixcomp.quant import round_column
+from mixcomp.passes.columns import BLOCK, round_columns
+from mixcomp.passes.gptq import Task, numbers, restore
 
 #: the first round takes 6 to 12 % of a layer's loss away, the next ones about 2.5, 1.2 and 0.8 %
 ROUNDS = 4
@@ -92,20 +92,10 @@ class _State:
 
     def fit_codes(self) -> None:
         """Every code in turn, scales as they are."""
-        step, diagonal = self.unit * self.scale, self.hessian.diagonal(dim1=1, dim2=2)
-        zero = torch.zeros_like(step[:, 0])
+        step = self.unit * self.scale
         for start in range(0, self.codes.shape[1], BLOCK):
-            own = slice(start, start + BLOCK)
-            pull, codes, inside = self.pull[:, own].clone(), self.codes[:, own], self.hessian[:, own, own]
-            change = torch.empty_like(pull)
-            for j in range(pull.shape[1]):
-                k = (start + j) // GROUP
-                free = pull[:, j] / diagonal[:, start + j, None]  # how far the weight itself would move
-                code = round_column(free, step[:, k], codes[:, j], zero, self.top[:, k])
-                torch.sub(code, codes[:, j], out=change[:, j]).mul_(step[:, k])
-                codes[:, j] = code
-                pull[:, j + 1 :].addcmul_(inside[:, j, j + 1 :, None], change[:, j, None], value=-1)
-            self.pull.baddbmm_(self.hessian[:, :, own], change, alpha=-1)
+            change = round_columns(self.pull, self.codes, self.hessian, step, None, self.top, start)
+            self.pull.baddbmm_(self.hessian[:, :, start : start + change.shape[1]], change, alpha=-1)
 
     def split(
         self, tasks: Sequence[Task], scales: Sequence[torch.Tensor | None]

