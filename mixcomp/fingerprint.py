@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mixcomp.errors import MismatchError
 from mixcomp.files import sha256
+from mixcomp.printer import tensor_digest
 from mixcomp.records import spell
-from mixcomp.shards import SPELLING, content
+from mixcomp.shards import SPELLING, THREADS
 
 if TYPE_CHECKING:
     from mixcomp.program import Program, Site
@@ -26,8 +28,11 @@ class Identity:
 
     @classmethod
     def of(cls, program: Program) -> Identity:
-        """Identity of a captured model; every weight is read once."""
-        return cls.given(program.sites, {s.name: sha256(content(program.weight(s))) for s in program.sites})
+        """Identity of a captured model; every weight is read once, a few pieces at a time."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            weights = map(program.weight, program.sites)
+            digests = pool.map(lambda weight: tensor_digest(weight, whole=True), weights)
+            return cls.given(program.sites, dict(zip((s.name for s in program.sites), digests, strict=True)))
 
     @classmethod
     def given(cls, sites: tuple[Site, ...], digests: Mapping[str, str]) -> Identity:

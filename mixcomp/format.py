@@ -43,6 +43,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -373,10 +374,4 @@ def _segment(item: object) -> Segment:
 
 def runs(widths: list[int]) -> tuple[Segment, ...]:
     """Segments of a list of row widths: one per run of equal widths."""
-    out: list[Segment] = []
-    for width in widths:
-        if out and out[-1].width == width:
-            out[-1] = Segment(out[-1].rows + 1, width)
-        else:
-            out.append(Segment(1, width))
-    return tuple(out)
+    return tuple(Segment(len(list(rows)), width) for width, rows in groupby(widths))

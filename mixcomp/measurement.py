@@ -8,6 +8,7 @@ It appears whole or not at all, and equal measurements give equal bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +25,7 @@ from mixcomp.passes.coupling import Absorption, Couplings
 from mixcomp.passes.planner import Prices, curve
 from mixcomp.program import Program, Site, WeightRef
 from mixcomp.records import Record, signed
-from mixcomp.shards import DTYPES, SPELLING, StoredFile, StoredTensor, read_files, split, write_shard
+from mixcomp.shards import DTYPES, SPELLING, THREADS, StoredFile, StoredTensor, read_files, split, write_shard
 
 MANIFEST = "measurement.json"
 VERSION = 1
@@ -85,10 +86,11 @@ class Measurement:
         sites = tuple(
             _bare(s.name, s.weight.shape, s.weight.dtype, s.input, s.in_scope, s.reason) for s in program.sites
         )
-        prices, moments = (
-            {k: t.cpu() for k, t in program.tensors.items() if k.rpartition("/")[2] in wanted}
-            for wanted in (("salience", "spectrum"), ("sigma", "gamma"))
-        )
+        kinds = ("/salience", "/spectrum"), ("/sigma", "/gamma")
+        found = {k: t for k, t in program.tensors.items() if k.endswith(kinds[0] + kinds[1])}
+        with ThreadPoolExecutor(THREADS) as pool:
+            held = list(zip(found, pool.map(_in_main_memory, found.values()), strict=True))
+        prices, moments = ({k: t for k, t in held if k.endswith(kind)} for kind in kinds)
         return cls(sites, couplings, identity, options, calibration, MappingProxyType(prices), Moments(moments))
 
     @property
@@ -214,6 +216,11 @@ class Measurement:
 def check_replaceable(target: Path) -> None:
     """``ArtifactError`` unless ``target`` is absent, empty, or holds nothing but a measurement."""
     require_replaceable(target, MANIFEST, _MAX_MANIFEST, lambda raw: _read(raw)["files"])
+
+
+def _in_main_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy, zeroed first: new pages take longer than the copy, and threads get them side by side."""
+    return tensor if tensor.is_cpu else torch.empty_like(tensor, device="cpu").zero_().copy_(tensor)
 
 
 def _bare(

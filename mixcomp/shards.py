@@ -44,7 +44,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 SPELLING = {dtype: name for name, dtype in DTYPES.items()}
 
 _PIECE = 1 << 24
-_THREADS = min(8, os.cpu_count() or 1)
+#: that hash or copy at once; both let other threads run
+THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +133,11 @@ def read(
         raise ArtifactError(f"{name}: the header differs from the manifest at byte {at}; copy or save the folder again")
     offset = len(wanted)
     ahead: deque[tuple[str, Future[torch.Tensor]]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for key in stored_order(tensors):
             ahead.append((key, pool.submit(_read_tensor, file, name, key, tensors[key], offset)))
             offset += tensors[key].nbytes
-            if len(ahead) > 2 * _THREADS:
+            if len(ahead) > 2 * THREADS:
                 first, tensor = ahead.popleft()
                 yield first, tensor.result()
         for key, tensor in ahead:

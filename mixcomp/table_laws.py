@@ -167,21 +167,20 @@ def _absorbed(case: Case) -> Findings:
     absorbed = [n for n in names if find(n, "absorbed") is not None]
     given = {n: order for n in absorbed if (order := find(n, "row_order")) is not None}
     taken = {n: order for n in names if (order := find(n, "column_order")) is not None}
-    for name, order in given.items():
-        if not any(_agree(order, columns) for columns in taken.values()):
-            yield f"site {name}: its row order is absorbed and no consumer's columns follow it", None
-    for name, columns in taken.items():
-        if not any(_agree(order, columns) for order in given.values()):
-            yield f"site {name}: its columns are permuted and no absorbed producer's rows are", None
+    wanted = {name: _blocks(columns, _block_size(columns)) for name, columns in taken.items()}
+    sizes = {len(block) for blocks in wanted.values() for block in blocks}
+    made = {n: _followed_by(order, sizes) for n, order in given.items()}
+    followed, led = {*wanted.values()}, {blocks for found in made.values() for blocks in found}
+    for name in (n for n, found in made.items() if found.isdisjoint(followed)):
+        yield f"site {name}: its row order is absorbed and no consumer's columns follow it", None
+    for name in (n for n, blocks in wanted.items() if blocks not in led):
+        yield f"site {name}: its columns are permuted and no absorbed producer's rows are", None
 
 
-def _agree(rows: torch.Tensor, columns: torch.Tensor) -> bool:
-    """Whether both orders consist of the same blocks; heads may be repeated or stand beside others."""
-    size = _block_size(columns)
-    if len(rows) % size:
-        return False
-    wanted, given = _blocks(columns, size), _blocks(rows, size)
-    return wanted <= given and given - {tuple(range(size))} <= wanted
+def _followed_by(rows: torch.Tensor, sizes: set[int]) -> set[frozenset[tuple[int, ...]]]:
+    """Blocks of the columns that can undo an order: its own; heads may be repeated, ones that stay may be left out."""
+    found = {size: _blocks(rows, size) for size in sizes if len(rows) % size == 0}
+    return {*found.values()} | {blocks - {tuple(range(size))} for size, blocks in found.items()}
 
 
 def _block_size(order: torch.Tensor) -> int:
@@ -192,10 +191,10 @@ def _block_size(order: torch.Tensor) -> int:
     return next(d for d in divisors if all(reach[i - 1] < i for i in range(d, count + 1, d)))
 
 
-def _blocks(order: torch.Tensor, size: int) -> set[tuple[int, ...]]:
+def _blocks(order: torch.Tensor, size: int) -> frozenset[tuple[int, ...]]:
     """Orders within the blocks, each counted from its block's start."""
     starts = torch.arange(0, len(order), size, device=order.device)[:, None]
-    return {tuple(block) for block in (order.view(-1, size) - starts).tolist()}
+    return frozenset(tuple(block) for block in (order.view(-1, size) - starts).tolist())
 
 
 def formats_match(case: Case) -> Findings:

@@ -75,7 +75,8 @@ def _widths(site: Site, text: Any, group: int) -> torch.Tensor:
     """uint8[rows] or [rows, groups] of the plan's text."""
     allowed = "".join(map(str, ALL_WIDTHS))
     rows = parse_widths(text) if isinstance(text, str) else []
-    if not rows or any(set(digits) - set(allowed) for _, digits in rows):
+    flat = "".join(digits for _, digits in rows)
+    if not rows or set(flat) - set(allowed):
         raise FormatError(
             f"plan: widths of {site.name!r} are {text!r:.80}; they must be one of {', '.join(allowed)} a row, or "
             '"ROWSxWIDTHS ..." with one a group: correct them'
@@ -91,8 +92,8 @@ def _widths(site: Site, text: Any, group: int) -> torch.Tensor:
             f"plan and model do not fit: {site.name!r} has {-(-site.columns // group)} groups a row, the plan "
             f"{sorted(sizes)}; plan this model"
         )
-    digits = torch.tensor([[int(d) for d in digits] for _, digits in rows], dtype=torch.uint8)
-    widths = digits.repeat_interleave(torch.tensor([n for n, _ in rows]), 0)
+    digits = torch.frombuffer(bytearray(flat.encode()), dtype=torch.uint8) - ord("0")
+    widths = digits.view(len(rows), -1).repeat_interleave(torch.tensor([n for n, _ in rows]), 0)
     return widths if by_group else widths[:, 0].contiguous()
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 
+from mixcomp import printer
 from mixcomp.errors import MismatchError
 from mixcomp.fingerprint import Identity
+from mixcomp.shards import content
 from programs import Blueprint, Kind, Layer, build
 
 LINEARS = {f"layer.{i}": (4 + i, 8, "F32", f"{i:064x}") for i in range(8)}
@@ -25,6 +29,17 @@ def test_shapes_dtypes_and_values_do(change: tuple[int, int, str, str]) -> None:
 def test_transposed_storage_is_the_same_weight() -> None:
     one, other = (Identity.of(build(Blueprint((Layer(kind, 16),)))) for kind in (Kind.PLAIN, Kind.TRANSPOSED))
     assert [linear[:3] for linear in one.linears.values()] == [linear[:3] for linear in other.linears.values()]
+
+
+def test_digests_are_of_whole_weights_however_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and digests keep together, over many threads, pieces that do not divide a weight, and transposed ones."""
+    layers = [Layer((Kind.PLAIN, Kind.TRANSPOSED)[i % 2], 16 + i) for i in range(20)]
+    program = build(Blueprint(tuple(layers)))
+    wanted = {s.name: hashlib.sha256(content(program.weight(s))).hexdigest() for s in program.sites}
+    assert len({*wanted.values()}) == len(wanted) >= 20
+    for size in (52, 1 << 24):
+        monkeypatch.setattr(printer, "CHUNK_BYTES", size)
+        assert {name: linear[3] for name, linear in Identity.of(program).linears.items()} == wanted
 
 
 def test_the_first_five_differences_are_named() -> None:

@@ -14,7 +14,7 @@ from mixcomp.config import Budget
 from mixcomp.errors import BudgetError, FormatError, MismatchError
 from mixcomp.passes import AssignPrecision, FollowPlan
 from mixcomp.planning import plan
-from mixcomp.plans import Plan
+from mixcomp.plans import Plan, widths_text
 from mixcomp.program import Program
 from mixcomp.protocol import Context
 
@@ -42,6 +42,19 @@ def test_an_edited_plan_is_followed_within_its_budget() -> None:
     assert set(follow(narrow).tensor(UP, "widths").tolist()) == {2}
     with pytest.raises(BudgetError, match=r"4\.4 bits per weight"):
         follow(edited(UP, widths="8" * 96))
+
+
+def test_rows_that_mix_widths_are_followed() -> None:
+    site = priced().site(UP)
+    rows, groups = site.rows, -(-site.columns // 32)
+    draw = torch.Generator().manual_seed(0)
+    widths = torch.tensor([2, 3], dtype=torch.uint8)[torch.randint(0, 2, (rows, groups), generator=draw)]
+    widths[1] = widths[0]  # a run of two
+    assert groups > 1
+    made = plan(measurement(), 6.0)
+    mixed = {**made.sites[UP], "widths": widths_text(widths), "scales": "float-group"}
+    found = follow(replace(made, sites={**made.sites, DOWN: edited(DOWN, widths="2" * 64).sites[DOWN], UP: mixed}))
+    assert torch.equal(found.tensor(UP, "widths"), widths)
 
 
 @pytest.mark.parametrize(

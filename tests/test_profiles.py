@@ -14,7 +14,7 @@ import formats
 from formats import Drawn, draw, drawn
 from mixcomp import packed
 from mixcomp.errors import FormatError
-from mixcomp.format import Scales, Segment, SiteFormat, from_constants
+from mixcomp.format import ALL_WIDTHS, Scales, Segment, SiteFormat, from_constants
 from mixcomp.lowering import reference
 from mixcomp.packed import PackedWeight, check_values, pack_codes, pack_zeros, unpack_codes, unpack_zeros
 from mixcomp.profiles import group_widths, layout, payload_bits, profiles, site_format
@@ -129,6 +129,16 @@ def test_bits_do_not_depend_on_the_order_of_rows() -> None:
 def test_profiles_number_rows_in_the_order_of_their_widths() -> None:
     assert profiles(torch.tensor([4, 2, 8, 4])).tolist() == [1, 0, 2, 1]
     assert profiles(table("42", "24", "42", "22")).tolist() == [2, 1, 2, 0]
+
+
+@given(st.lists(st.sampled_from(ALL_WIDTHS), min_size=1, max_size=40))
+def test_a_width_a_row_is_a_table_of_one_group(row_widths: list[int]) -> None:
+    widths = torch.tensor(row_widths, dtype=torch.uint8)
+    assert torch.equal(profiles(widths), profiles(widths[:, None]))
+    segments, index = layout(widths, 32)
+    assert index is None
+    assert segments == layout(widths[:, None], 32)[0]
+    assert [s.width for s in segments for _ in range(s.rows)] == row_widths
 
 
 def test_many_groups_take_two_bytes_each() -> None:

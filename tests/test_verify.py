@@ -7,7 +7,9 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 import decisions
 import strategies
@@ -16,7 +18,7 @@ from mixcomp.errors import InvariantError
 from mixcomp.lowering.lower import LowerLinears
 from mixcomp.manager import run
 from mixcomp.packed import pack_codes
-from mixcomp.program import Fact, Program
+from mixcomp.program import Fact, Program, Site, WeightRef
 from mixcomp.protocol import Context
 from mixcomp.snapshot import Case, Snapshot
 from mixcomp.verify import TABLE, check, checks_of
@@ -109,6 +111,48 @@ def test_message_shows_the_line_and_its_neighbours() -> None:
     assert len(lines) == 3
     assert [line[0] for line in lines].count(">") == 1
     assert "aten.relu_" in next(line for line in lines if line[0] == ">")
+
+
+HEAD = st.sampled_from(([0, 1, 2], [1, 0, 2], [2, 1, 0]))
+
+
+def blocks(order: list[int], size: int) -> list[list[int]]:
+    return [[i - start for i in order[start : start + size]] for start in range(0, len(order), size)]
+
+
+def agree(rows: list[int], columns: list[int]) -> bool:
+    """Heads that move are the same ones in both; a producer's heads that stay need no consumer."""
+    sizes = (d for d in range(1, len(columns) + 1) if len(columns) % d == 0)
+    size = next(d for d in sizes if all(sorted(b) == [*range(d)] for b in blocks(columns, d)))
+    wanted, given_ = blocks(columns, size), blocks(rows, size)
+    moved = [b for b in given_ if b != [*range(size)]]
+    return len(rows) % size == 0 and all(b in given_ for b in wanted) and all(b in wanted for b in moved)
+
+
+@given(
+    st.lists(st.lists(HEAD, min_size=1, max_size=2), max_size=5),
+    st.lists(st.lists(HEAD, min_size=1, max_size=3), max_size=5),
+)
+def test_absorbed_orders_find_their_columns(made: list[list[list[int]]], read: list[list[list[int]]]) -> None:
+    """As comparing every producer with every consumer does."""
+    kinds = {"row_order": made, "column_order": read}
+    orders = {
+        f"{kind[:3]}{i}/{kind}": [3 * n + k for n, head in enumerate(heads) for k in head]
+        for kind, several in kinds.items()
+        for i, heads in enumerate(several)
+    }
+    tensors = {key: torch.tensor(order) for key, order in orders.items()}
+    tensors |= {key.replace("row_order", "absorbed"): torch.tensor(True) for key in orders if key.endswith("row_order")}
+    sites = tuple(
+        Site(n, (), WeightRef(n, (), (len(orders[key]),) * 2, torch.float32), None, "x")
+        for key in orders
+        for n in [key.partition("/")[0]]
+    )
+    rows, columns = ({k: o for k, o in orders.items() if k.endswith(kind)} for kind in kinds)
+    lonely = [k for k, o in rows.items() if not any(agree(o, other) for other in columns.values())]
+    lonely += [k for k, o in columns.items() if not any(agree(other, o) for other in rows.values())]
+    found = table_laws.orders_are_bijections(Case(replace(base("decided"), sites=sites, tensors=tensors)))
+    assert [message.split()[1].rstrip(":") for message, _ in found] == [key.partition("/")[0] for key in lonely]
 
 
 def test_a_broken_packer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
