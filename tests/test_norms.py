@@ -196,6 +196,22 @@ def test_the_lowered_graph_computes_with_them() -> None:
     assert not torch.equal(after.graph_module(tokens(2, 6)).logits, lowered.graph_module(tokens(2, 6)).logits)
 
 
+def test_norms_may_have_lain_in_one_storage() -> None:
+    """As in models that were flattened: they are still different norms."""
+    model = model_of("gpt2", n_layer=1)
+    flat = torch.cat([p.detach() for p in model.parameters() if p.dim() == 1])
+    start = 0
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.dim() == 1:
+                setattr(module, name, nn.Parameter(flat[start : start + len(p)]))
+                start += len(p)
+    program = capture(model)
+    moved = {f"{path}/norm": own + 1 for part in split(program).parts for path, own in part.norms.items()}
+    lowered = manager.run(quantized(model).with_tensors(moved), (LowerLinears(),), CONTEXT)
+    assert all(torch.equal(lowered.graph_module.get_parameter(k.removesuffix("/norm")), v) for k, v in moved.items())
+
+
 def test_a_shared_norm_gets_one_value() -> None:
     model, _, after = tuned("llama")
     target = copy.deepcopy(model)
