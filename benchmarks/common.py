@@ -2,7 +2,7 @@
 
 A model is captured and run over the calibration text once; every row of a benchmark starts from there, quantizes with
 the product's own passes and is judged as weights: dequantized, rounded to the model's dtype and put into a copy of the
-original.  Stored bits are counted from the bytes of the packed tensors all the same.
+original, learned norms with them.  Stored bits are counted from the bytes of the packed tensors all the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -172,17 +173,25 @@ class Judge:
         self.student = copy.deepcopy(self.base)
 
     @torch.no_grad()
-    def install(self, sites: Iterable[Site], weights: Mapping[str, torch.Tensor]) -> None:
-        """Weights [rows, columns] of some sites into the copy, the base's own into it for all others."""
+    def install(
+        self,
+        sites: Iterable[Site],
+        weights: Mapping[str, torch.Tensor],
+        norms: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Weights [rows, columns] of some sites and norms into the copy, the base's own into it for all others."""
+        own_norms = {path: p for path, p in self.base.named_parameters() if p.dim() == 1}
+        for path, norm in (own_norms | {**norms}).items():
+            self.student.get_parameter(path).copy_(norm)
         for site in sites:
             place = self.student.get_parameter(site.weight.key)
             own = weights.get(site.name)
             exact = self.base.get_parameter(site.weight.key)
             place.copy_(exact if own is None else own.t() if site.weight.transposed else own)
 
-    def score(self, sites: Iterable[Site], weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Name of a text -> perplexity, KL, agreement of the top token."""
-        self.install(sites, weights)
+    def score(self, program: Program, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Name of a text -> perplexity, KL, agreement of the top token, with the program's norms."""
+        self.install(program.sites, weights, program.norms())
         return self.score_model(self.student)
 
     def score_model(self, model: Any) -> dict[str, Any]:
@@ -247,7 +256,7 @@ class Setting:
             "mean_width": mean_width(program),
             "predicted_loss": float(program.tensors["budget/loss"]),
             "second_order_loss": second_order(self.program, weights, self.context.device),
-            "scores": self.judge.score(program.sites, weights),
+            "scores": self.judge.score(program, weights),
         }
 
 

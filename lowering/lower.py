@@ -37,6 +37,8 @@ class LowerLinears(Pass):
         %7 = mixed_linear(%6, @_packed.layers.0.q_proj.codes, @_packed.layers.0.q_proj.scales,
                           @_packed.layers.0.q_proj.factors, None, None, None, None, @layers.0.q_proj.bias,
                           [560, 4, 16, 5], 576)
+
+    The graph's own copy of a norm that was learned is exchanged for what the table holds, under the same path.
     """
 
     name: ClassVar[str] = "lower-linears"
@@ -55,6 +57,9 @@ class LowerLinears(Pass):
                 packed[site.name] = operands
                 _rewrite(node, operands)
                 context.progress("lower", len(packed), len(sites))
+        for path, value in program.norms().items():
+            owner, _, name = path.rpartition(".")
+            module.get_submodule(owner).register_parameter(name, nn.Parameter(value, requires_grad=False))
         return replace(program, graph_module=fx.GraphModule(module, module.graph, type(module).__name__))
 
 
@@ -134,15 +139,17 @@ def absorbed_order(program: Program, site: Site) -> torch.Tensor | None:
 
 
 def write_back(program: Program, model: nn.Module) -> None:
-    """Put a ``MixedLinear`` in the place of every module that holds the weight of a compiled site.  All or none.
+    """Put a ``MixedLinear`` in the place of every module that holds the weight of a compiled site, and a new parameter in
+    that of every norm that was learned.  All or none.
 
-    Every path of a shared weight gets the same new module.  The originals' weights are freed as soon as nobody else
-    holds them.
+    Every path of a shared weight gets the same new module, every path of a shared norm the same parameter.  The
+    originals are not written to, and freed as soon as nobody else holds them.
 
     Raises:
         InputError: the model is not the one the program was captured from.
     """
     swaps = [swap for site in program.sites if site.format is not None for swap in _prepare(program, site, model)]
+    swaps += [swap for path, value in program.norms().items() for swap in _prepare_norm(path, value, model)]
     done: list[_Swap] = []
     try:
         for swap in swaps:
@@ -150,7 +157,8 @@ def write_back(program: Program, model: nn.Module) -> None:
             setattr(swap.parent, swap.name, swap.new)
     except BaseException:
         for swap in done:
-            swap.parent._modules[swap.name] = swap.old
+            held = swap.parent._modules if isinstance(swap.old, nn.Module) else swap.parent._parameters
+            held[swap.name] = swap.old  # type: ignore[assignment]
         raise
 
 
@@ -158,8 +166,8 @@ def write_back(program: Program, model: nn.Module) -> None:
 class _Swap:
     parent: nn.Module
     name: str
-    old: nn.Module
-    new: MixedLinear
+    old: nn.Module | nn.Parameter
+    new: MixedLinear | nn.Parameter
 
 
 def _prepare(program: Program, site: Site, model: nn.Module) -> list[_Swap]:
@@ -178,6 +186,20 @@ def _prepare(program: Program, site: Site, model: nn.Module) -> list[_Swap]:
         parent, _, name = path.rpartition(".")
         swaps.append(_Swap(model.get_submodule(parent), name, owner, new))
     return swaps
+
+
+def _prepare_norm(path: str, value: torch.Tensor, model: nn.Module) -> list[_Swap]:
+    """The same for one norm, at every path in the model."""
+    try:
+        old = model.get_parameter(path)
+    except AttributeError as error:
+        raise InputError(f"norm {path!r}: {error}; write back into the model that was captured") from error
+    if (old.shape, old.dtype) != (value.shape, value.dtype):
+        wanted, got = ((tuple(t.shape), t.dtype) for t in (value, old))
+        raise InputError(f"norm {path!r}: the parameter is {got}, the captured one was {wanted}")
+    new = nn.Parameter(value.to(old.device, copy=True), requires_grad=old.requires_grad)
+    held = ((module, name, own) for module in model.modules() for name, own in module._parameters.items())
+    return [_Swap(module, name, old, new) for module, name, own in held if own is old]
 
 
 def _owner(site: Site, model: nn.Module, path: str) -> nn.Module:

@@ -85,7 +85,8 @@ def compile(
         strategy: ``"joint"``, which has to pass a gate, see below; ``"uniform"``, the baseline at the same stored bits;
             ``"mixllm"``, ``"slim"`` and ``"amlq"`` decide as the papers of those names do.
         effort: ``"fast"``: statistics and GPTQ; ``"balanced"``, the default on a GPU, also learns rounding and scales
-            layer by layer; ``"best"`` then learns all scales together from the original's predictions.  For ``slim`` and
+            layer by layer; ``"best"`` then learns all scales, side branches and norms together from the original's
+            predictions; norms keep their dtype, and are new parameters of the model that comes back.  For ``slim`` and
             ``amlq`` both learn where ranges are clipped (SliM-LLM+).  Each stage is kept only if it helps on calibration
             windows that it did not see.
         include, exclude: site names or patterns (``"re:..."``) to add to the decoder's linears or leave out.

@@ -184,7 +184,8 @@ def _operands(case: Case, site: Site, node: fx.Node) -> Findings:
 
 def aliases_shared(case: Case) -> Findings:
     """I07: what shared storage still shares it: aliases recorded at capture, and pairs before the pass."""
-    place = {path: t.untyped_storage().data_ptr() for path, t in case.held.items()}
+    norms = _exchanged(case)
+    place = {path: t.untyped_storage().data_ptr() for path, t in case.held.items() if path not in norms}
     groups = [(s.name, (s.weight.key, *s.weight.aliases)) for s in case.program.sites if s.weight.aliases]
     if case.before is not None:
         shared = defaultdict(list)
@@ -198,8 +199,9 @@ def aliases_shared(case: Case) -> Findings:
 
 
 def parameters_kept(case: Case) -> Findings:
-    """I08: each parameter is untouched, or consumed by exactly one site that is lowered."""
+    """I08: each parameter is untouched, or consumed by exactly one site that is lowered; learned norms move in then."""
     before = case.before_pass()
+    norms = _exchanged(case)
     lowered = {n.meta.get(META) for n in case.linears() if is_mixed(n)}
     for path, old in before.parameters.items():
         tensor = case.held.get(path)
@@ -210,9 +212,14 @@ def parameters_kept(case: Case) -> Findings:
             yield f"parameter {path} is gone; {len(takers)} lowered sites took it instead of one", None
             continue
         now = type(old).of(tensor, whole=old.digest is not None)
-        if now != old:
+        if now != old and (path not in norms or now.address == old.address):
             changed = [f for f in old.__slots__ if getattr(old, f) != getattr(now, f)]
             yield f"parameter {path} was changed: {', '.join(changed)} differ from before the pass", None
+
+
+def _exchanged(case: Case) -> frozenset[str]:
+    """Paths of learned norms, which move into a graph as it is lowered; I16 looks at their values."""
+    return frozenset(case.program.norms()) if Fact.LOWERED in case.program.facts else frozenset()
 
 
 def _quiet(mode: FakeTensorMode) -> ExitStack:

@@ -1,7 +1,7 @@
 """What flows between passes: a captured graph, its sites, a table of tensors, and the facts established so far.
 
 All types are frozen; a pass makes the next value with ``dataclasses.replace``.  Big tensors live in ``Program.tensors``
-under ``"<site>/<what>"`` or ``"<input>/sigma"`` and are never changed in place.
+under ``"<site>/<what>"``, ``"<input>/sigma"`` or ``"<parameter>/norm"`` and are never changed in place.
 """
 
 from __future__ import annotations
@@ -128,6 +128,11 @@ class Program:
 
     def find(self, owner: str, what: str) -> torch.Tensor | None:
         return self.tensors.get(f"{owner}/{what}")
+
+    def norms(self) -> dict[str, torch.Tensor]:
+        """Learned weights and biases of norms, ``<parameter>/norm``: the parameter's path -> its value to be."""
+        split = ((key.rpartition("/"), tensor) for key, tensor in self.tensors.items())
+        return {path: tensor for (path, _, what), tensor in split if what == "norm"}
 
     def stored_form(self, site: Site) -> tuple[int, Scales]:
         """Columns of a group and kind of scales: ``<site>/group`` and ``<site>/scale_kind``, where they are planned."""

@@ -28,7 +28,7 @@ NOT_WORSE = 1e-3
 
 def table_sound(case: Case) -> Findings:
     """I09: every tensor of the table has an owner, is contiguous, finite, and never written in place."""
-    owners = {*case.site_names, *(s.input for s in case.program.sites), "budget"}
+    owners = {*case.site_names, *(s.input for s in case.program.sites), "budget", *case.program.norms()}
     for key, tensor in case.program.tensors.items():
         owner = key.rpartition("/")[0]
         if owner not in owners:
@@ -42,6 +42,12 @@ def table_sound(case: Case) -> Findings:
             yield f"tensor {key!r} was written in place; make a new one", None
         if tensor.is_floating_point() and not _finite(tensor):
             yield f"tensor {key!r} holds NaN or infinity", None
+    for path, norm in case.program.norms().items():
+        own = case.held.get(path)
+        if own is None:
+            yield f"tensor '{path}/norm' belongs to no parameter of the graph", None
+        else:
+            yield from _typed(f"{path}/norm", norm, own.dtype, tuple(own.shape))
 
 
 def statistics(case: Case) -> Findings:
@@ -270,6 +276,9 @@ def lowered_whole(case: Case) -> Findings:
                 yield f"site {site.name}: {call} has segments {found}, the format {wanted}", node
             yield from ((f"site {site.name}: {call}: {why}", node) for why in _operands(case, site, site.format, given))
         yield from _round_trip(case, site, site.format)
+    for path, norm in case.program.norms().items():
+        if not _equal(case.held[path], norm):
+            yield f"parameter {path} of the lowered graph is not the norm that the table stores", None
 
 
 def _operands(case: Case, site: Site, fmt: SiteFormat, given: dict[str, object]) -> Iterator[str]:

@@ -23,14 +23,14 @@ def descend(
 ) -> None:
     """Change the learned tensors of ``tuned`` by one step of Adam for each of ``picks``, int64[windows] of one size.
 
-    ``rates`` maps the names of ``Tunable.learned`` to the rate of the first full step; ``differentiate(pick)`` leaves the
-    gradients of the loss of some windows in the tensors.  A step is a thousand small kernels: on a GPU it is recorded
-    once and played back, so nothing in it may wait for the GPU.
+    ``rates`` maps the names of ``Quantized.learned`` to the rate of the first full step, and what it does not name stays;
+    ``differentiate(pick)`` leaves the gradients of the loss of some windows in the tensors.  A step is a thousand small
+    kernels: on a GPU it is recorded once and played back, so nothing in it may wait for the GPU.
 
     Equal calls give equal bits on a CPU, and on a GPU where ``torch.use_deterministic_algorithms`` asks for it: the
     attention kernel that adds in a fixed order takes eight times as long, a step of a small model twice.
     """
-    found = [(tensor, rates[name]) for one in tuned for name, tensor in one.learned().items()]
+    found = [(tensor, rates[name]) for one in tuned for name, tensor in one.learned().items() if name in rates]
     tensors, device = [tensor for tensor, _ in found], found[0][0].device
     on_gpu = device.type == "cuda"
     groups = [

@@ -101,7 +101,7 @@ class Teacher:
             own = quantized
             if isinstance(own, Program):
                 own = tunables(own, tokens.device, part, rounding=False)
-            return {name: own[name].weight() for name in part.sites}
+            return weights_of(own, part)
 
         found = self.stages.forward(weights, tokens)
         last = weights(self.stages.parts[-1])
@@ -119,6 +119,12 @@ def rerun(part: Stage, values: Values, weights: Callable[[], Mapping[str, torch.
     return dict(zip(part.outputs, made, strict=True))
 
 
+def weights_of(tuned: Mapping[str, Quantized], part: Stage) -> dict[str, torch.Tensor]:
+    """What one part multiplies with; norms that are not among ``tuned`` are the original's."""
+    norms = (path for path in part.norms if path in tuned)
+    return {name: tuned[name].weight() for name in (*part.sites, *norms)}
+
+
 def _floats(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()  # not a size, not a mask
 
@@ -134,9 +140,10 @@ def _relative(norms: torch.Tensor) -> torch.Tensor:
 def tunables(
     program: Program, device: torch.device, part: Stage | None = None, *, rounding: bool
 ) -> dict[str, Quantized]:
-    """The quantized sites of one part, or of all."""
+    """The quantized sites and learned norms of one part, or of all."""
     sites = program.open_sites() if part is None else tuple(program.site(name) for name in part.sites)
-    return {
+    norms = {path: Settled(value) for path, value in program.norms().items() if part is None or path in part.norms}
+    return norms | {
         site.name: Tunable.of(program, site, device, rounding=rounding)
         if site.layout.departure is None
         else Settled.of(program, site, device)

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from mixcomp.errors import PassError
 from mixcomp.passes.descent import descend
 from mixcomp.passes.distill import Teacher, Texts
 from mixcomp.passes.stages import Values
@@ -52,6 +53,10 @@ class LayerByLayer(Pass):
     def run(self, program: Program, context: Context) -> Program:
         if not any(map(self.learns, program.open_sites())):
             return program
+        if program.norms():
+            raise PassError(
+                f"{self.name} learns beside the original's norms, and these are tuned; run it before tune-model"
+            )
         teacher, texts = Teacher.of(program), Texts.of(context)
         changed = program.with_tensors(self._layers(program, teacher, texts, context))
         ends = teacher.ends(texts.held)

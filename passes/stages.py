@@ -6,9 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from mixcomp.errors import CalibrationError
 from mixcomp.ops import LINEAR
@@ -22,20 +23,24 @@ Values = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
-    """A run of the graph's nodes as a module of its own: ``module(*inputs, *weights of sites) -> outputs``.
+    """A run of the graph's nodes as a module of its own: ``module(*inputs, *weights of sites, *norms) -> outputs``.
 
     ``inputs`` and ``outputs`` are names of values; ``sites`` are the open sites called here, whose weights are handed in.
+    ``norms`` maps the path of every norm's weight and bias read here to the original's, floating[n]; see ``_is_norm``.
     """
 
     module: fx.GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     sites: tuple[str, ...]
+    norms: Mapping[str, torch.Tensor]
 
     def run(self, values: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> Values:
-        """The outputs by name; ``weights`` maps a site to its weight in canonical order, floating[rows, columns]."""
+        """The outputs by name; ``weights`` maps a site to its weight in canonical order, floating[rows, columns], and
+        may hold norms, which otherwise are the original's."""
         given = [values[name] for name in self.inputs]
-        made = self.module(*given, *(weights[name] for name in self.sites))
+        norms = (weights.get(path, original) for path, original in self.norms.items())
+        made = self.module(*given, *(weights[name] for name in self.sites), *norms)
         return dict(zip(self.outputs, made, strict=True))
 
 
@@ -141,16 +146,21 @@ def _part(
     logits: fx.Node,
     sites: set[str],
 ) -> Stage:
-    """One stage: values from outside become placeholders, parameters stay, weights of open sites come last."""
+    """One stage: values from outside become placeholders, parameters stay, weights of open sites and norms come last."""
     own = set(nodes)
     used = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in own))
     called = list(dict.fromkeys(n.meta[META] for n in nodes if n.target is LINEAR and n.meta.get(META) in sites))
     inputs = [n for n in used if n.op != "get_attr"]
     outputs = [n for n in nodes if n is logits or any(number[u] > part for u in n.users if u.op != "output")]
+    read = {n: _attribute(owner, str(n.target)) for n in used if n.op == "get_attr"}
+    # detached, so that the user's parameters collect no gradients
+    held = {str(n.target): t.detach() if isinstance(t, torch.Tensor) else t for n, t in read.items()}
+    norms = {str(n.target): held[str(n.target)] for n, t in read.items() if _is_norm(n, t)}
     graph = fx.Graph()
     copies = {n: graph.placeholder(n.name) for n in inputs}
     weights = {name: graph.placeholder(f"weight_{i}") for i, name in enumerate(called)}
-    copies |= {n: graph.get_attr(str(n.target)) for n in used if n.op == "get_attr"}
+    given = {path: graph.placeholder(f"norm_{i}") for i, path in enumerate(norms)}
+    copies |= {n: given.get(str(n.target)) or graph.get_attr(str(n.target)) for n in read}
     for node in nodes:
         new = graph.node_copy(node, lambda n: copies[n])
         if node.target is LINEAR and node.meta.get(META) in weights:
@@ -158,5 +168,16 @@ def _part(
         copies[node] = new
     graph.output(tuple(copies[n] for n in outputs))
     graph.eliminate_dead_code()
-    module = fx.GraphModule(owner, graph, "Stage")
-    return Stage(module, tuple(n.name for n in inputs), tuple(n.name for n in outputs), tuple(called))
+    module = fx.GraphModule(held, graph, "Stage")
+    return Stage(module, tuple(n.name for n in inputs), tuple(n.name for n in outputs), tuple(called), norms)
+
+
+def _attribute(owner: fx.GraphModule, target: str) -> Any:
+    path, _, name = target.rpartition(".")
+    return getattr(owner.get_submodule(path), name)
+
+
+def _is_norm(node: fx.Node, read: Any) -> bool:
+    """Whether a node reads the weight or bias of a norm: a one-dimensional parameter that no call of a site reads."""
+    vector = isinstance(read, nn.Parameter) and read.dim() == 1 and read.is_floating_point()
+    return vector and not any(META in user.meta for user in node.users)

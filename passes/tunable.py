@@ -1,11 +1,13 @@
 """A quantized weight as a differentiable function of its rounding and its scales.
 
     code   = clamp(round(place), 0, top)                     place: where in the grid the weight lies, in codes
-    step   = unit * factor * exp(ratio) * m                  ratio: per row
+    step   = unit * fp16(factor * exp(ratio)) * m            ratio: per row
     m      = clamp(round(group), 1, 16)                      group: per row and group
-    weight = (code - offset) * step
+    weight = (code - offset) * step + branch
+    branch = int8(a) * scale * exp(ratio) @ int8(b)          ratio: per rank
+    norm   = dtype(start + unit * shift)                     shift: per feature
 
-``round`` passes gradients straight through (Bengio et al. 2013), inside the clamps only.  Scales do not move the places:
+Rounding passes gradients straight through (Bengio et al. 2013), inside the clamps only.  Scales do not move the places:
 otherwise a slight change of a scale would round many weights anew.  The start is the stored weight itself, every place
 as close to the original weight as its code allows: a weight that GPTQ moved away from its nearest level lies at the edge
 of its cell, and one that it left alone where it always was.
@@ -29,13 +31,46 @@ MARGIN = 1e-3
 
 
 @dataclass(slots=True, eq=False)
+class Branch:
+    """A side branch, rows and columns in stored order: ``a`` fp32[rows, rank] and ``b`` fp32[rank, columns] in steps of
+    int8, ``scale`` and the logarithm ``ratio`` of what it is multiplied by fp32[rank]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: torch.Tensor
+    ratio: torch.Tensor
+
+    @classmethod
+    def of(cls, stored: PackedWeight) -> Branch | None:
+        """The stored pair as the start, None where there is none."""
+        if stored.branch_a is None or stored.branch_b is None or stored.branch_scale is None:
+            return None
+        scale = stored.branch_scale
+        return cls(stored.branch_a.float(), stored.branch_b.float(), scale, torch.zeros_like(scale))
+
+    def learned(self) -> dict[str, torch.Tensor]:
+        """The tensors to change, by name."""
+        return {"branch_a": self.a, "branch_b": self.b, "branch_ratio": self.ratio}
+
+    def product(self) -> torch.Tensor:
+        """fp32[rows, columns], bit for bit ``PackedWeight.side`` of what is stored."""
+        a, b = (_round(x).clamp(-127, 127) for x in (self.a, self.b))
+        return (a * (self.scale * self.ratio.exp())) @ b
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Its three tensors to store."""
+        a, b = (x.round().clamp(-127, 127).to(torch.int8) for x in (self.a, self.b))
+        return {"branch_a": a, "branch_b": b, "branch_scale": self.scale * self.ratio.exp()}
+
+
+@dataclass(slots=True, eq=False)
 class Tunable:
     """One quantized site, rows and columns in stored order.
 
-    What is learned: ``ratio`` fp32[rows, 1], ``group`` fp32[rows, groups] and, where rounding is learned too, ``place``
-    fp32[rows, groups, 32]; otherwise ``codes`` uint8[rows, groups, 32] stay.
+    What is learned: ``ratio`` fp32[rows, 1], ``group`` fp32[rows, groups], the side ``branch`` and, where rounding is
+    learned too, ``place`` fp32[rows, groups, 32]; otherwise ``codes`` uint8[rows, groups, 32] stay.
     ``rows`` and ``columns`` are int64 positions in stored order of every output and input feature, None where nothing
-    moved; ``branch`` fp32[rows, columns] is the side branch's product, which stays.
+    moved.
     """
 
     fmt: SiteFormat
@@ -44,7 +79,7 @@ class Tunable:
     offset: torch.Tensor
     top: torch.Tensor
     unit: torch.Tensor
-    branch: torch.Tensor | None
+    branch: Branch | None
     rows: torch.Tensor | None
     columns: torch.Tensor | None
     ratio: torch.Tensor
@@ -76,7 +111,7 @@ class Tunable:
             offset=offset,
             top=top,
             unit=torch.where(widths == 8, 1.0, 2.0)[:, None],
-            branch=stored.side(),
+            branch=Branch.of(stored),
             rows=None if rows is None else _inverse(rows),
             columns=None if columns is None else _inverse(columns),
             ratio=torch.zeros(fmt.rows, 1, device=device),
@@ -87,26 +122,28 @@ class Tunable:
 
     def learned(self) -> dict[str, torch.Tensor]:
         """The tensors to change, by name."""
-        found = {"ratio": self.ratio, "group": self.group, "place": self.place}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        found = {"ratio": self.ratio, "group": self.group} | (self.branch.learned() if self.branch else {})
+        return found if self.place is None else found | {"place": self.place}
 
     def weight(self) -> torch.Tensor:
         """What the site multiplies with, in the model's dtype[rows, columns], in the order of its features."""
         m = _round(self.group).clamp(1, MAX_GROUP_SCALE)
-        step = (self.unit * self.factor * self.ratio.exp() * m)[..., None]
-        out = ((self._codes() - self.offset) * step).flatten(1)[:, : self.fmt.columns]
-        out = (out if self.branch is None else out + self.branch).to(self.dtype)
+        factor = self.factor * self.ratio.exp()
+        factor = factor + (factor.half().float() - factor).detach()
+        out = ((self._codes() - self.offset) * (self.unit * factor * m)[..., None]).flatten(1)[:, : self.fmt.columns]
+        out = (out if self.branch is None else out + self.branch.product()).to(self.dtype)
         out = out if self.rows is None else _permuted(out, self.rows, 0)
         return out if self.columns is None else _permuted(out, self.columns, 1)
 
     @torch.no_grad()
     def stored(self) -> dict[str, torch.Tensor]:
-        """codes, scales and factors to store."""
+        """codes, scales, factors and side branch to store."""
         factors = (self.factor * self.ratio.exp())[:, 0].half()
         scales = self.group.round().clamp(1, MAX_GROUP_SCALE)
         codes = self._codes().flatten(1).to(torch.uint8)
         codes[:, self.fmt.columns :] = 0
-        return {"codes": pack_codes(codes, self.fmt), "scales": pack_scales(scales.to(torch.uint8)), "factors": factors}
+        made = {"codes": pack_codes(codes, self.fmt), "scales": pack_scales(scales.to(torch.uint8)), "factors": factors}
+        return made | (self.branch.stored() if self.branch else {})
 
     def _codes(self) -> torch.Tensor:
         if self.place is not None:
@@ -115,9 +152,37 @@ class Tunable:
         return self.codes
 
 
+@dataclass(slots=True, eq=False)
+class Norm:
+    """A norm's weight or bias: ``shift`` fp32[n] in units of the root mean square of ``start``, its value floating[n]."""
+
+    start: torch.Tensor
+    unit: torch.Tensor
+    shift: torch.Tensor
+
+    @classmethod
+    def of(cls, start: torch.Tensor) -> Norm:
+        """The value as the start.  One that is all zeros, a bias or an offset from 1, is measured in ones."""
+        size = start.float().square().mean().sqrt()
+        return cls(start, torch.where(size > 0, size, 1.0), torch.zeros_like(start, dtype=torch.float32))
+
+    def learned(self) -> dict[str, torch.Tensor]:
+        """The tensor to change, by name."""
+        return {"norm": self.shift}
+
+    def weight(self) -> torch.Tensor:
+        """The value, in its own dtype[n]: a cast passes gradients straight through."""
+        return (self.start.float() + self.unit * self.shift).to(self.start.dtype)
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The value to store."""
+        return {"norm": self.weight()}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Settled:
-    """A site stored in a form that nothing is learned for yet: the papers' formats.  ``fixed`` is its weight."""
+    """What nothing is learned of: a site in the papers' formats, a norm learned before.  ``fixed`` is its weight."""
 
     fixed: torch.Tensor
 
@@ -147,7 +212,7 @@ class Settled:
 
 
 class Quantized(Protocol):
-    """A quantized site in a descent: ``Tunable``, ``Settled`` and others."""
+    """A quantized site or a norm in a descent: ``Tunable``, ``Norm``, ``Settled`` and others."""
 
     def learned(self) -> dict[str, torch.Tensor]:
         """The tensors to change, by name."""
@@ -160,7 +225,7 @@ class Quantized(Protocol):
 
 
 def stored_tensors(tuned: Mapping[str, Quantized]) -> dict[str, torch.Tensor]:
-    """What goes into the program's table for these sites."""
+    """What goes into the program's table for these sites and norms."""
     return {f"{name}/{key}": value for name, one in tuned.items() for key, value in one.stored().items()}
 
 

@@ -1,4 +1,4 @@
-"""tune-model: the scales of all sites together, by gradients of the distance to the original's predictions."""
+"""tune-model: scales, side branches and norms together, by gradients of the distance to the original's predictions."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ from typing import ClassVar
 import torch
 
 from mixcomp.passes.descent import descend
-from mixcomp.passes.distill import Teacher, Texts, rerun, tunables
-from mixcomp.passes.stages import Stage, Values
-from mixcomp.passes.tunable import Quantized, stored_tensors
+from mixcomp.passes.distill import Teacher, Texts, rerun, tunables, weights_of
+from mixcomp.passes.stages import Values
+from mixcomp.passes.tunable import Norm, Quantized, stored_tensors
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass, Semantics
 
 
 @dataclass(frozen=True)
 class TuneModel(Pass):
-    """Distil the original into the scales of the quantized model: KL(original || quantized), end to end.
+    """Distil the original into what is small of the quantized model: KL(original || quantized), end to end.
 
     Codes stay: an early trial that learned them too made 4.4 bits worse.
     Activations and dequantized weights of one layer at a time are
-    alive (each layer is run again on the way back), and logits of one window.  The result is kept only if the
-    divergence on calibration windows that took no part is smaller with it.
+    alive (each layer is run again on the way back), and logits of one window.  Everything is tried as it would be
+    stored, and kept only if the divergence on calibration windows that took no part is smaller with all of it.
+    The original's norms stay in the graph until it is lowered: they are the teacher's.
 
     Before: stored tensors.  After, the same layouts with other numbers::
 
-        layers.0.q_proj/{scales, factors}   learned
+        layers.0.q_proj/{scales, factors, branch_a, branch_b, branch_scale}   learned
+        layers.0.norm.weight/norm                                             learned, in the parameter's dtype
 
     Options:
         steps: of Adam; rates fall linearly to 0.
-        ratio_rate, group_rate: first step of the row factor's logarithm, and in units of the group scale.
+        ratio_rate, group_rate: first step of the logarithm of a row's or branch's factor, and in units of the group scale.
+        branch_rate: in steps of a side branch's int8.
+        norm_rate: in units of the root mean square of a norm's weight.
     """
 
     name: ClassVar[str] = "tune-model"
@@ -42,15 +46,20 @@ class TuneModel(Pass):
     steps: int = 150
     ratio_rate: float = 5e-4
     group_rate: float = 5e-3
+    branch_rate: float = 5e-2
+    norm_rate: float = 1e-3
 
     def run(self, program: Program, context: Context) -> Program:
         teacher, texts = Teacher.of(program), Texts.of(context)
         tuned = tunables(program, context.device, rounding=False)
         if not any(one.learned() for one in tuned.values()):
             return program
+        norms = {path: Norm.of(own) for part in teacher.stages.parts for path, own in part.norms.items()}
+        tuned |= norms | {path: Norm.of(own) for path, own in program.norms().items()}
         held = teacher.ends(texts.held)
         before = teacher.distance(tuned, texts.held, held)
-        rates = {"ratio": self.ratio_rate, "group": self.group_rate}
+        branch = {"branch_a": self.branch_rate, "branch_b": self.branch_rate, "branch_ratio": self.ratio_rate}
+        rates = {"ratio": self.ratio_rate, "group": self.group_rate, "norm": self.norm_rate, **branch}
         picks = self._picks(texts, context.generator(self.name))
         ends = _stacked(teacher.ends(texts.learn))
         descend(
@@ -72,10 +81,6 @@ class TuneModel(Pass):
         return picks
 
 
-def _weights(tuned: Mapping[str, Quantized], part: Stage) -> dict[str, torch.Tensor]:
-    return {name: tuned[name].weight() for name in part.sites}
-
-
 def _stacked(windows: list[Values]) -> Values:
     return {name: torch.cat([one[name] for one in windows]) for name in windows[0]}
 
@@ -85,10 +90,10 @@ def _differentiate(teacher: Teacher, tuned: Mapping[str, Quantized], tokens: tor
     stages = teacher.stages
     values: Values = {stages.tokens: tokens}
     for part in stages.parts[:-1]:
-        values.update(rerun(part, values, partial(_weights, tuned, part)))
+        values.update(rerun(part, values, partial(weights_of, tuned, part)))
     names = stages.live(len(stages.parts) - 1)
     cut = {name: values[name].detach().requires_grad_() for name in names}
-    last = _weights(tuned, stages.parts[-1])
+    last = weights_of(tuned, stages.parts[-1])
     leaves = {name: weight.detach().requires_grad_() for name, weight in last.items()}
     for i in range(len(tokens)):
         one = slice(i, i + 1)

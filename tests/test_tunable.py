@@ -10,6 +10,7 @@ from mixcomp.lowering.lower import packed_weight
 from mixcomp.lowering.reference import dequantize
 from mixcomp.passes.descent import descend
 from mixcomp.passes.tunable import MARGIN, Tunable
+from mixcomp.passes.tune_blocks import TuneBlocks
 from mixcomp.program import Program, Site
 from mixcomp.quant import group_columns
 
@@ -73,11 +74,27 @@ def test_what_is_stored_is_what_was_used() -> None:
     one = Tunable.of(program, site, CPU, rounding=True)
     target = torch.randn(site.rows, site.columns, generator=torch.Generator().manual_seed(1))
     rates, picks = {"place": 0.05, "ratio": 0.01, "group": 0.2}, [torch.arange(1)] * 20
+    rates |= {"branch_a": 60.0, "branch_b": 0.3, "branch_ratio": 0.01}
     descend([one], rates, picks, lambda _: (one.weight() - target).square().mean().backward())
+    assert one.branch is not None
+    assert one.branch.a.abs().amax() > 127
     changed = program.with_tensors({f"{site.name}/{key}": value for key, value in one.stored().items()})
-    assert not torch.equal(changed.tensor(site.name, "codes"), program.tensor(site.name, "codes"))
-    # the factor is rounded to fp16 on the way
-    torch.testing.assert_close(one.weight().detach(), natural(changed, site), rtol=2e-3, atol=1e-4)
+    for key in ("codes", "scales", "factors", "branch_a", "branch_b", "branch_scale"):
+        assert not torch.equal(changed.tensor(site.name, key), program.tensor(site.name, key)), key
+    assert changed.tensor(site.name, "branch_a").abs().amax() == 127
+    torch.testing.assert_close(one.weight().detach(), natural(changed, site), rtol=1e-6, atol=1e-6)
+    again = Tunable.of(changed, site, CPU, rounding=True)
+    assert torch.equal(again.weight(), one.weight())
+
+
+def test_what_no_rate_names_stays() -> None:
+    program = decisions.decided()
+    one = Tunable.of(program, program.site(decisions.PROJ), CPU, rounding=True)
+    descend([one], TuneBlocks().rates(), [torch.arange(1)] * 9, lambda _: one.weight().square().sum().backward())
+    stored = one.stored()
+    assert not torch.equal(stored["factors"], program.tensor(decisions.PROJ, "factors"))
+    for key in ("branch_a", "branch_b", "branch_scale"):
+        assert torch.equal(stored[key], program.tensor(decisions.PROJ, key)), key
 
 
 def test_a_moved_code_lies_at_the_edge_of_its_cell() -> None:
