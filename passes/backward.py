@@ -70,8 +70,10 @@ class Backward:
                     gradients[name] = gradients[name] + leaf.grad if name in gradients else leaf.grad
 
     def _watched(self, part: Stage, values: Mapping[str, torch.Tensor], tap: Tap) -> Values:
+        watch = Watch(part.module, tap, values[self.stages.tokens].device)
         given = [values[name] for name in part.inputs]
-        made = Watch(part.module, tap).run(*given, *(self.weights[name] for name in part.sites))
+        weights = (self.weights[name] for name in part.sites)
+        made = watch.run(*given, *weights, *map(watch.wide, part.norms.values()))
         return dict(zip(part.outputs, made, strict=True))
 
 

@@ -45,7 +45,7 @@ class KeepSamples(Pass):
                 x = x.reshape(-1, x.shape[-1])
                 kept[name].append(x[_spread(len(x), self.tokens).to(x.device)].float())
 
-        watch = Watch(program.graph_module, tap)
+        watch = Watch(program.graph_module, tap, context.device)
         chosen = _spread(len(text), self.sequences).tolist()
         for i in context.track("samples", chosen):
             with torch.no_grad():

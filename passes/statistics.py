@@ -71,7 +71,7 @@ class CollectStatistics(Pass):
             backward.run(batch.to(context.device), partial(sampled_residual, draw=draw), tap)
 
     def _forward(self, program: Program, context: Context, batches: list[torch.Tensor], sums: _Sums) -> None:
-        watch = Watch(program.graph_module, lambda name, x, _: sums.add(name, x, None))
+        watch = Watch(program.graph_module, lambda name, x, _: sums.add(name, x, None), context.device)
         for batch in context.track("second moments", batches):
             with torch.no_grad():
                 watch.run(batch.to(context.device))

@@ -27,17 +27,16 @@ class Watch(fx.Interpreter):
     coarse, a 16-bit model runs in fp32: weights are widened at their use, so no second copy of the model exists.
     """
 
-    def __init__(self, module: fx.GraphModule, tap: Tap) -> None:
+    def __init__(self, module: fx.GraphModule, tap: Tap, device: torch.device) -> None:
         super().__init__(module)
         self.tap = tap
-        first = next(module.parameters(), None)
-        self.widen = first is not None and not first.is_cuda
+        self.widen = device.type != "cuda"
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr":
             value = self.fetch_attr(str(n.target))
             at_use = all(user.target in (LINEAR, _EMBEDDING) for user in n.users)
-            return self._wide(value.detach(), not at_use) if isinstance(value, torch.Tensor) else value
+            return self.wide(value.detach(), not at_use) if isinstance(value, torch.Tensor) else value
         if n.op != "call_function" or n.target is _ASSERT_METADATA:
             return None if n.target is _ASSERT_METADATA else super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -48,9 +47,10 @@ class Watch(fx.Interpreter):
             return y
         if self.widen:
             args, kwargs = fx.node.map_aggregate((args, kwargs), _wide_dtype)
-        return fx.node.map_aggregate(n.target(*args, **kwargs), self._wide)  # type: ignore[operator]
+        return fx.node.map_aggregate(n.target(*args, **kwargs), self.wide)  # type: ignore[operator]
 
-    def _wide(self, value: Any, wanted: bool = True) -> Any:
+    def wide(self, value: Any, wanted: bool = True) -> Any:
+        """A 16-bit tensor in fp32 where this graph runs in it, if ``wanted``; anything else as it is."""
         narrow = isinstance(value, torch.Tensor) and value.dtype in _NARROW
         return value.float() if self.widen and wanted and narrow else value
 
