@@ -46,7 +46,7 @@ class TuneModel(Pass):
     steps: int = 150
     ratio_rate: float = 5e-4
     group_rate: float = 5e-3
-    branch_rate: float = 5e-2
+    branch_rate: float = 1e-2
     norm_rate: float = 1e-3
 
     def run(self, program: Program, context: Context) -> Program:
