@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
 #: of code: blank lines, comments and docstrings are free; 8,000 was the aim before three papers' strategies moved in
-MAX_CODE_LINES = 9960
+MAX_CODE_LINES = 10_100
 
 #: folder -> package
 FOLDERS = {
