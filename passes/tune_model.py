@@ -23,8 +23,9 @@ class TuneModel(Pass):
 
     Codes stay: learned too, from the edges of their cells, they made 4.4 and 2.6 bits a fifth to a half worse, and from
     further inside nothing was gained.  Activations and dequantized weights of one layer at a time are alive (each layer
-    is run again on the way back), and logits of one window.  Everything is tried as it would be stored, and kept only if the divergence on calibration windows that took no part is smaller with all of it.
-    The original's norms stay in the graph until it is lowered: they are the teacher's.
+    is run again on the way back), and logits of one window.  Everything is tried as it would be stored, and
+    kept only if the divergence on calibration windows that took no part is smaller with all of it.  The original's norms
+    stay in the graph until it is lowered: they are the teacher's.
 
     Before: stored tensors.  After, the same layouts with other numbers::
 
