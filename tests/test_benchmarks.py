@@ -117,6 +117,19 @@ def test_forms(tiny: Path, tmp_path: Path, load: Any) -> None:
     assert all(row["stored_bits_per_weight"] <= 3.6 for row in rows.values())
 
 
+def test_tuning(tiny: Path, tmp_path: Path, load: Any) -> None:
+    out, module = tmp_path / "tuning.json", load("tuning")
+    given = ["fast", "blocks:steps=2", "blocks:steps=2,place_rate=0.5", "model:steps=2"]
+    module.main(arguments(tiny, out, "--budgets", "4.0", "--rows", *given))
+    rows = rows_of(out)
+    assert [row["row"] for row in rows] == given
+    assert [list(row.get("stages", ())) for row in rows] == [[], ["tune-blocks"], ["tune-blocks"], ["tune-model"]]
+    assert module.tuning("model:norm_rate=0.003,steps=7") == module.TuneModel(norm_rate=0.003, steps=7)
+    for odd in ("scales", "model:rate=1"):
+        with pytest.raises(SystemExit, match="row"):
+            module.tuning(odd)
+
+
 def test_draws(tiny: Path, tmp_path: Path, load: Any) -> None:
     out = tmp_path / "draws.json"
     load("draws").main(arguments(tiny, out))
