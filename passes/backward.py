@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +39,12 @@ class Backward:
         tokens = min(usual, BACKWARD_BYTES // max(1, _token_bytes(program, stages)))
         return cls(stages, {s.name: program.weight(s).detach() for s in program.open_sites()}, tokens)
 
-    def run(self, tokens: torch.Tensor, residual: Callable[[torch.Tensor], torch.Tensor], tap: Tap) -> None:
-        """Send ``residual(logits)``, the loss's gradient there, back to every site; tokens int64[windows, length].
+    def run(self, tokens: torch.Tensor, residual: Callable[[torch.Tensor], torch.Tensor], see: Tap) -> None:
+        """Send ``residual(logits)``, the loss's gradient there, back to every open site; tokens int64[windows, length].
 
-        ``tap(site, x, y)`` sees every call of a site once with gradients enabled, and may hook ``y``.
+        ``see(site, x, g)`` gets what every call of a site read, and the gradient of what it made.
         """
+        tap = _hooked(self.weights, see)
         values: Values = {self.stages.tokens: tokens}
         gradients: Values = {}
         moved: set[str] = set()  # values that a site has a part in: only these need gradients
@@ -75,6 +76,19 @@ class Backward:
         weights = (self.weights[name] for name in part.sites)
         made = watch.run(*given, *weights, *map(watch.wide, part.norms.values()))
         return dict(zip(part.outputs, made, strict=True))
+
+
+def _hooked(sites: Container[str], see: Tap) -> Tap:
+    """What shows ``see`` the inputs of sites and the gradients of their outputs."""
+
+    def tap(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        if name not in sites:
+            return
+        if not y.requires_grad:  # nothing before it does
+            y.requires_grad_()
+        y.register_hook(lambda g: see(name, x, g))
+
+    return tap
 
 
 def _token_bytes(program: Program, stages: Stages) -> int:

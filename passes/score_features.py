@@ -49,16 +49,12 @@ class ScoreFeatures(Pass):
         total = {n: torch.zeros(s.rows, steps, device=context.device) for n, s in sites.items()}
         dots = {name: torch.zeros_like(sums) for name, sums in total.items()}
 
-        def tap(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-            if name not in sites:
-                return
-            if not y.requires_grad:
-                y.requires_grad_()
-            y.register_hook(lambda g: self._add_dots(dots[name], program.weight(sites[name]), x, g))
+        def add(name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
+            self._add_dots(dots[name], program.weight(sites[name]), x, gradient)
 
         backward = Backward.of(program, context.device)
         for ids in context.track("feature salience", sequences):
-            backward.run(ids.to(context.device), partial(_residual, ids=ids.to(context.device)), tap)
+            backward.run(ids.to(context.device), partial(_residual, ids=ids.to(context.device)), add)
             for name, own in dots.items():
                 # 16-bit gradients of a summed loss stay in range; the mean is taken here
                 total[name] += taylor_salience(own / (ids.shape[1] - 1))

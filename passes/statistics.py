@@ -59,16 +59,9 @@ class CollectStatistics(Pass):
         return program.with_tensors(sums.means())
 
     def _backward(self, backward: Backward, context: Context, batches: list[torch.Tensor], sums: _Sums) -> None:
-        def tap(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-            if name not in sums.gamma:
-                return
-            if not y.requires_grad:
-                y.requires_grad_()
-            y.register_hook(lambda g: sums.add(name, x, g))
-
         for number, batch in enumerate(context.track("sensitivities", batches)):
             draw = context.generator(self.name, f"labels {number}")
-            backward.run(batch.to(context.device), partial(sampled_residual, draw=draw), tap)
+            backward.run(batch.to(context.device), partial(sampled_residual, draw=draw), sums.add)
 
     def _forward(self, program: Program, context: Context, batches: list[torch.Tensor], sums: _Sums) -> None:
         watch = Watch(program.graph_module, lambda name, x, _: sums.add(name, x, None), context.device)

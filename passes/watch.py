@@ -16,7 +16,7 @@ from mixcomp.program import META
 FORWARD_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
-#: what sees a linear's name, input and output
+#: what sees a linear's name, input and output (or the output's gradient)
 Tap = Callable[[str, torch.Tensor, torch.Tensor], None]
 
 

@@ -11,8 +11,9 @@ import families
 from mixcomp.capture import capture
 from mixcomp.passes import backward as module
 from mixcomp.passes.backward import Backward
+from mixcomp.passes.stages import Stage, Values
 from mixcomp.passes.statistics import CollectStatistics
-from mixcomp.passes.watch import FORWARD_TOKENS, sampled_residual
+from mixcomp.passes.watch import FORWARD_TOKENS, Tap, sampled_residual
 from mixcomp.program import Program
 from mixcomp.protocol import Context
 from nets import Net
@@ -36,14 +37,11 @@ def gradients(backward: Backward) -> dict[str, list[torch.Tensor]]:
     """What every site reads and the gradients of what it makes, call by call."""
     found: dict[str, list[torch.Tensor]] = {}
 
-    def tap(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        if name in backward.weights:
-            if not y.requires_grad:
-                y.requires_grad_()
-            y.register_hook(lambda g: found.setdefault(name, []).extend((x, g)))
+    def see(name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        found.setdefault(name, []).extend((x, gradient))
 
     draw = Context().generator("labels", "0")
-    backward.run(TOKENS, partial(sampled_residual, draw=draw), tap)
+    backward.run(TOKENS, partial(sampled_residual, draw=draw), see)
     return found
 
 
@@ -61,22 +59,25 @@ def test_gradients_are_those_of_the_whole_graph(family: str, monkeypatch: pytest
 
 
 def test_only_one_part_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hooks of a layer fire before the next layer back is run with gradients."""
+    """A layer is run with gradients when all layers after it are through."""
     program = capture(families.build("llama", num_hidden_layers=4))
-    backward, alive, most = by_layers(program, monkeypatch), set(), 0
+    backward = by_layers(program, monkeypatch)
+    waiting: set[str] = set()
+    begun: list[set[str]] = []
+    run = Backward._watched
 
-    def tap(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        nonlocal most
-        if name in backward.weights:
-            if not y.requires_grad:
-                y.requires_grad_()
-            alive.add(name)
-            most = max(most, len(alive))
-            y.register_hook(lambda g: alive.discard(name))
+    def watched(self: Backward, part: Stage, values: Values, tap: Tap) -> Values:
+        if torch.is_grad_enabled():
+            assert not waiting, "an earlier layer's activations are still there"
+            waiting.update(part.sites)
+            begun.append(set(part.sites))
+        return run(self, part, values, tap)
 
-    backward.run(TOKENS, partial(sampled_residual, draw=Context().generator("labels", "0")), tap)
-    assert not alive
-    assert most == len(backward.stages.parts[1].sites)
+    monkeypatch.setattr(Backward, "_watched", watched)
+    residual = partial(sampled_residual, draw=Context().generator("labels", "0"))
+    backward.run(TOKENS, residual, lambda name, x, g: waiting.discard(name))
+    assert not waiting
+    assert [sites for sites in reversed(begun) if sites] == [set(part.sites) for part in backward.stages.parts[1:-1]]
 
 
 def test_statistics_are_the_same_and_windows_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
