@@ -23,6 +23,7 @@ from mixcomp.fingerprint import Identity
 from mixcomp.format import WIDTHS
 from mixcomp.passes.coupling import Absorption, Couplings
 from mixcomp.passes.planner import Prices, curve
+from mixcomp.passes.statistics import moments_device
 from mixcomp.program import Program, Site, WeightRef
 from mixcomp.records import Record, signed
 from mixcomp.shards import DTYPES, SPELLING, THREADS, StoredFile, StoredTensor, read_files, split, write_shard
@@ -106,7 +107,8 @@ class Measurement:
         return curve(self.prices(), count)
 
     def statistics(self, program: Program) -> dict[str, torch.Tensor]:
-        """Second moments and output weights for the open sites of ``program``, under its names of inputs, on its device.
+        """Second moments and output weights for the open sites of ``program``, under its names of inputs: on its
+        device, or second moments in main memory where ``CollectStatistics`` would keep them.
 
         Raises:
             InputError: an open site was not measured.
@@ -120,8 +122,9 @@ class Measurement:
         for site in program.open_sites():
             wanted.setdefault(f"{inputs[site.name]}/sigma", set()).add(f"{site.input}/sigma")
             wanted[f"{site.name}/gamma"] = {f"{site.name}/gamma"}
-        found = {new: t.to(device) for key, t in self.moments.read() for new in sorted(wanted.get(key, ()))}
-        return found
+        place = {"sigma": moments_device(program, device), "gamma": device}
+        read = ((key, tensor) for key, tensor in self.moments.read() if key in wanted)
+        return {new: t.to(place[key.rpartition("/")[2]]) for key, t in read for new in sorted(wanted[key])}
 
     def summary(self) -> dict[str, Any]:
         """What was measured, in short."""

@@ -60,6 +60,7 @@ def statistics(case: Case) -> Findings:
         if case.fresh(f"{site.name}/gamma") and bool((gamma < 0).any()):
             yield f"site {site.name}: gamma has negative entries; it is a mean of squares", None
         if case.fresh(f"{site.input}/sigma") and sigma.dim() == 2 and sigma.shape[0] == sigma.shape[1]:
+            sigma = sigma.to(gamma.device)  # large ones wait in main memory, where this would take minutes
             diagonal = sigma.diagonal()
             if bool((diagonal < 0).any()):
                 yield f"site {site.name}: sigma has negative entries on its diagonal", None

@@ -22,8 +22,9 @@ class Stack:
         return list(zip(self.sites, rows.split([s.rows for s in self.sites]), strict=True))
 
 
-#: bytes of fp32 weights that are worked on side by side: a GPU wants many, a core's cache few
-BATCH_BYTES = {"cpu": 1, "cuda": 1 << 30}
+#: bytes of fp32 weights, second moments and their factors that are worked on side by side: a GPU wants many, a core's
+#: cache few
+BATCH_BYTES = {"cpu": 1, "cuda": 3 << 29}
 
 
 def inputs(program: Program) -> dict[str, tuple[Site, ...]]:
@@ -53,6 +54,6 @@ def batches(program: Program, device: torch.device, copies: int) -> list[list[tu
         rows, columns = sum(s.rows for s in sites), sites[0].columns
         batch = waiting.setdefault((rows, columns), [])
         batch.append((name, sites))
-        if (len(batch) + 1) * rows * columns * copies * 4 > BATCH_BYTES[device.type]:
+        if (len(batch) + 1) * (rows * copies + 2 * columns) * columns * 4 > BATCH_BYTES[device.type]:
             out.append(waiting.pop((rows, columns)))
     return out + list(waiting.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -16,6 +18,8 @@ from mixcomp.protocol import Context, Pass
 
 #: tokens of context that a window of the backward pass keeps at least
 SHORTEST = 256
+#: bytes of second moments that may stay on a GPU; more than that (33 GB for 8 B parameters) wait in main memory
+MOMENT_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ class CollectStatistics(Pass):
 @dataclass(slots=True, eq=False)
 class _Sums:
     """Running sums: ``sigma`` of weighted outer products and their weights by input, ``gamma`` of squares and their
-    number of tokens by site."""
+    number of tokens by site.  Those in main memory visit the device one at a time."""
+
+    device: torch.device
 
     sites: dict[str, Site]
     sigma: dict[str, torch.Tensor]
@@ -84,10 +90,15 @@ class _Sums:
     @classmethod
     def of(cls, program: Program, device: torch.device) -> _Sums:
         sites = {s.name: s for s in program.open_sites()}
-        sigma = {s.input: torch.zeros(s.columns, s.columns, device=device) for s in sites.values()}
+        waiting = moments_device(program, device) != device
+        sigma = {
+            # pinned, so that copies run at the speed of the bus
+            s.input: torch.zeros(s.columns, s.columns, device=None if waiting else device, pin_memory=waiting)
+            for s in {s.input: s for s in sites.values()}.values()
+        }
         weight = {name: torch.zeros((), device=device) for name in sigma}
         gamma = {name: torch.zeros(s.rows, device=device) for name, s in sites.items()}
-        return cls(sites, sigma, weight, gamma, dict.fromkeys(sites, 0))
+        return cls(device, sites, sigma, weight, gamma, dict.fromkeys(sites, 0))
 
     def add(self, name: str, x: torch.Tensor, gradient: torch.Tensor | None) -> None:
         """Inputs [..., columns] of a site and the gradient [..., rows] of its outputs."""
@@ -101,7 +112,8 @@ class _Sums:
             self.tokens[name] += len(x)
             strength = squares.sum(1).sqrt()
             weight = strength / strength.mean().clamp_min(torch.finfo(torch.float32).tiny)
-        _add_outer(self.sigma[site.input], x, weight)
+        with self._visiting(site.input) as total:
+            _add_outer(total, x, weight)
         self.weight[site.input] += len(x) if weight is None else weight.sum()
 
     def means(self) -> dict[str, torch.Tensor]:
@@ -113,12 +125,30 @@ class _Sums:
                     f"NaN or infinity in the gradient at {name!r}; use more finite calibration text or fp32"
                 )
             out[f"{name}/gamma"] = total / max(1, self.tokens[name])
-        for name, total in self.sigma.items():
-            total.div_(self.weight[name])
-            if not torch.isfinite(total).all():
-                raise CalibrationError(f"NaN or infinity in the input of {name!r}; no site saw finite data")
-            out[f"{name}/sigma"] = total
+        for name, sigma in self.sigma.items():
+            with self._visiting(name) as total:
+                total.div_(self.weight[name])
+                if not torch.isfinite(total).all():
+                    raise CalibrationError(f"NaN or infinity in the input of {name!r}; no site saw finite data")
+            out[f"{name}/sigma"] = sigma
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # copies to main memory are still under way
         return out
+
+    @contextmanager
+    def _visiting(self, name: str) -> Iterator[torch.Tensor]:
+        """A sum of outer products on the device, to be changed in place.  Copies stand in line with the arithmetic."""
+        held = self.sigma[name]
+        total = held.to(self.device, non_blocking=True)
+        yield total
+        if total is not held:
+            held.copy_(total, non_blocking=True)
+
+
+def moments_device(program: Program, device: torch.device) -> torch.device:
+    """Where the second moments of all inputs are kept: on ``device``, or in main memory if they are too large."""
+    bytes_of = {s.input: 4 * s.columns**2 for s in program.open_sites()}
+    return device if sum(bytes_of.values()) <= MOMENT_BYTES else torch.device("cpu")
 
 
 def _add_outer(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from mixcomp import manager
 from mixcomp.errors import CalibrationError
 from mixcomp.ops import LINEAR
 from mixcomp.passes.statistics import CollectStatistics
@@ -66,6 +67,19 @@ def test_moments_are_means_of_outer_products_weighted_by_gradients(gradient_toke
         wanted = sum(x.T @ (x * w[:, None]) for x, w in parts) / sum(w.sum() for _, w in parts)
         torch.testing.assert_close(found.tensor(name, "sigma").double(), wanted, rtol=1e-4, atol=1e-6)
         assert not torch.allclose(wanted, sum(x.T @ x for x, _ in parts) / sum(map(len, (x for x, _ in parts))))
+
+
+@pytest.mark.gpu
+def test_large_moments_wait_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, context = build(TWO), Context(torch.device("cuda"), (batch().cuda(), batch(3).cuda()))
+    program.graph_module.to("cuda")
+    near = CollectStatistics(24).run(program, context)
+    monkeypatch.setattr("mixcomp.passes.statistics.MOMENT_BYTES", 0)
+    far = CollectStatistics(24).run(program, context)
+    for key, tensor in near.tensors.items():
+        assert torch.equal(far.tensors[key].cuda(), tensor)
+        assert far.tensors[key].is_cuda != key.endswith("/sigma")
+    manager.run(program, (CollectStatistics(24),), context)  # its laws hold there too
 
 
 def test_labels_are_drawn_from_the_model() -> None:
