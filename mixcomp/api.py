@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixcomp import manager
-from mixcomp.calibration import Calibration, resolve
+from mixcomp.calibration import Calibration, resolve, written
 from mixcomp.capture import capture
 from mixcomp.clock import Clock
 from mixcomp.config import CompileConfig, MeasureConfig
@@ -20,15 +20,10 @@ from mixcomp.fingerprint import Identity
 from mixcomp.gate import QUANTIZING, RIVALS, Gate
 from mixcomp.lowering.lower import LowerLinears, write_back
 from mixcomp.measurement import Measurement
-from mixcomp.passes import (
-    CollectStatistics,
-    FollowPlan,
-    TuneBlocks,
-    TuneClipping,
-    TuneModel,
-)
+from mixcomp.passes import CollectStatistics, FollowPlan, TuneBlocks, TuneClipping, TuneModel
 from mixcomp.passes.coupling import Couplings, analyse
 from mixcomp.passes.decision import Decisions
+from mixcomp.passes.distill import Texts
 from mixcomp.passes.strategies import measuring_of, passes_of
 from mixcomp.planning import open_measurement, record
 from mixcomp.plans import Compiled, Plan, parse_widths
@@ -87,8 +82,8 @@ def compile(
         effort: ``"fast"``: statistics and GPTQ; ``"balanced"``, the default on a GPU, also learns rounding and scales
             layer by layer; ``"best"`` then learns all scales, side branches and norms together from the original's
             predictions; norms keep their dtype, and are new parameters of the model that comes back.  For ``slim`` and
-            ``amlq`` both learn where ranges are clipped (SliM-LLM+).  Each stage is kept only if it helps on calibration
-            windows that it did not see.
+            ``amlq`` both learn where ranges are clipped (SliM-LLM+).  Both learn from as much text again that the model
+            writes itself, and each stage is kept only if it helps on calibration windows that it did not see.
         include, exclude: site names or patterns (``"re:..."``) to add to the decoder's linears or leave out.
         overrides: pattern -> width in bits (16 leaves the site alone).
         activations: ``"native"``: the model's own dtype.
@@ -317,11 +312,25 @@ class _Run:
             )
         return "fast"
 
+    def write(self) -> int:
+        """Let the original write as much text again for the passes that learn by gradients, from the first tokens of the
+        calibration windows; its number of tokens.
+
+        What these passes learn fits the kind of text they see better than any other.  With this text, KL of the reference
+        model at 4.4 bits falls by 3 % on WikiText-2 and by 7 % on books; second moments are better off without it.
+        """
+        with self.clock.stage("writing"):
+            windows = Texts.of(self.context).learn
+            text = written(self.target, windows[:, :1], windows.shape[1], self.context.generator("writing"))
+        self.context = replace(self.context, batches=(*self.context.batches, text))
+        return text.numel()
+
     def finish(
         self, program: Program, config: CompileConfig, plan: Plan, calibration: dict[str, Any], **found: Any
     ) -> torch.nn.Module:
         """Tune a quantized program, and swap the modules in."""
         tuning = TUNING[self.effort(config)] and CLIPPING.get(plan.options["strategy"], TUNING[self.effort(config)])
+        written_tokens = self.write() if tuning else 0
         program = self.passes(program, (*tuning, LowerLinears()))
         with self.clock.stage("write back"):
             write_back(program, self.target)
@@ -329,6 +338,7 @@ class _Run:
             self.workdir.clear()
         held = self.context.held
         calibration |= {"held_windows": sum(map(len, held)), "held_tokens": sum(b.numel() for b in held)}
+        calibration["written_tokens"] = written_tokens
         report = self.clock.report(self.device, calibration) | {"strategy": config.strategy, "gate": []} | found
         self.target.mixcomp = Compiled(replace(plan, measurement=None), report)  # type: ignore[assignment]
         return self.target

@@ -21,17 +21,7 @@ from mixcomp.errors import ArtifactError, FormatError, InputError
 from mixcomp.files import check_name, need_room, new_folder, require_replaceable, write_file
 from mixcomp.format import VERSION
 from mixcomp.lowering.module import MixedLinear
-from mixcomp.manifest import (
-    CONFIG,
-    GENERATION,
-    INDEX,
-    MANIFEST,
-    MAX_MANIFEST,
-    METHOD,
-    PLAN,
-    Manifest,
-    StoredSite,
-)
+from mixcomp.manifest import CONFIG, GENERATION, INDEX, MANIFEST, MAX_MANIFEST, METHOD, PLAN, Manifest, StoredSite
 from mixcomp.packed import check_values
 from mixcomp.records import read_json
 from mixcomp.restore import check_folder, load

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixcomp import data
 from mixcomp.errors import CalibrationError
@@ -19,6 +20,8 @@ from mixcomp.protocol import Context
 DEFAULT_SHAPE = {"cpu": (48, 512), "gpu": (128, 2048)}
 #: windows kept back, at most
 HELD = 8
+#: of keys and values, while a model writes
+CACHE_BYTES = 16 << 30
 #: keys a batch may hold besides ``input_ids``: none of them changes what the model computes
 HARMLESS_KEYS = frozenset({"input_ids", "attention_mask", "labels", "token_type_ids"})
 _FORMS = "give texts, token tensors, batches with input_ids, or the path of a text file"
@@ -278,31 +281,52 @@ def _grouped(rows: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.stack(group) for group in groups)
 
 
-@torch.no_grad()
 def _from_model(model: Any, shape: tuple[int, int], limits: TokenLimits, seed: int) -> Calibration:
-    """Ancestral samples at temperature 1 from random first tokens, drawn from a generator of their own."""
     samples, length = shape
     if limits.vocabulary is None:
         raise CalibrationError(f"there is no tokenizer and the model names no vocabulary size to sample from; {_FORMS}")
     draw = Context(seed=seed).generator("calibration")
-    device = next(model.parameters()).device
-    tokens = [torch.randint(limits.vocabulary, (samples, 1), generator=draw)]
-    cache = None
-    with evaluating(model):
-        for _ in range(length - 1):
-            fed = tokens[-1] if cache is not None else torch.cat(tokens, 1)
-            out = model(input_ids=fed.to(device), past_key_values=cache, use_cache=True)
-            cache = getattr(out, "past_key_values", None)
-            tokens.append(_draw(out.logits[:, -1, : limits.vocabulary], draw))
+    starts = torch.randint(limits.vocabulary, (samples, 1), generator=draw)
     source = f"no tokenizer was found: {samples} samples of {length} tokens drawn from the model itself (seed {seed})"
-    return Calibration((torch.cat(tokens, 1),), source)
+    return Calibration((written(model, starts, length, draw),), source)
 
 
-def _draw(logits: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """One token a row, int64[samples, 1], from logits[samples, vocabulary]."""
-    p = torch.softmax(logits.double().cpu(), -1)
-    if not torch.isfinite(p).all():
+@torch.no_grad()
+def written(model: Any, starts: torch.Tensor, length: int, draw: torch.Generator) -> torch.Tensor:
+    """What the model writes itself: ancestral samples at temperature 1, int64[n, length], after ``starts`` int64[n, 1].
+
+    Raises:
+        CalibrationError: its logits are not finite.
+    """
+    device = next(model.parameters()).device
+    own = torch.Generator(device).manual_seed(draw.initial_seed())
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    done = []
+    # cuDNN's attention plans anew for every length: 2.4 ms of the host per layer and token
+    with evaluating(model), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        for rows in starts.to(device).split(_at_once(model, length)):
+            tokens, cache = rows, None
+            while tokens.shape[1] < length:
+                fed = tokens if cache is None else tokens[:, -1:]
+                out = model(input_ids=fed, past_key_values=cache, use_cache=True)
+                cache = getattr(out, "past_key_values", None)
+                p = torch.softmax(out.logits[:, -1, : TokenLimits.of(model).vocabulary].float(), -1)
+                finite &= torch.isfinite(p).all()
+                # the first of racing exponential clocks; multinomial would bring the device down at a NaN
+                drawn = (p / torch.empty_like(p).exponential_(generator=own)).argmax(-1, keepdim=True)
+                tokens = torch.cat((tokens, drawn), 1)
+            done.append(tokens.cpu())
+    if not finite:
         raise CalibrationError(
             "the model's own logits hold NaN or infinity; check its weights, or give calibration text"
         )
-    return torch.multinomial(p, 1, generator=draw)
+    return torch.cat(done)
+
+
+def _at_once(model: Any, length: int) -> int:
+    """Samples whose keys and values fit into ``CACHE_BYTES``, as if every head had its own."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers, hidden = (getattr(config, name, None) or 64**2 for name in ("num_hidden_layers", "hidden_size"))
+    window: int = 2 * layers * hidden * length * next(model.parameters()).element_size()
+    return max(1, CACHE_BYTES // window)

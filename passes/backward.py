@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
@@ -56,7 +57,9 @@ class Backward:
                 moved.update(part.outputs)
         for part in (last, *reversed(earlier)):
             leaves = {name: _leaf(values[name]) for name in moved.intersection(part.inputs)}
-            with torch.enable_grad(), in_order():
+            with torch.enable_grad(), in_order(), warnings.catch_warnings():
+                # torch's own thread meets the GPU here first, sets itself up and says so to the user
+                warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
                 made = self._watched(part, values | leaves, tap)
                 if part is last:
                     logits = made[self.stages.logits]

@@ -48,16 +48,17 @@ def feedback(sigma: torch.Tensor, name: str) -> Feedback:
     if not torch.isfinite(sigma).all():
         raise WeightError(f"{name}: second moments of the inputs are not finite; check the calibration text")
     order = _group_order(sigma.diagonal())
-    hessian = sigma.double()[order][:, order]
-    hessian = (hessian + hessian.T) / 2
+    hessian = sigma[order][:, order].double()
+    hessian = (hessian + hessian.T).div_(2)
     mean = float(hessian.diagonal().mean()) or 1.0
     damping = DAMPING
     while damping <= MAX_DAMPING:
-        damped = hessian + torch.eye(len(order), dtype=torch.float64, device=sigma.device) * (damping * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+            factor = torch.cholesky_inverse(factor)  # 1.6 GB for 14,336 columns: no second name keeps the first one
+            upper, info = torch.linalg.cholesky_ex(factor, upper=True)
             if int(info) == 0 and bool(torch.isfinite(upper).all()):
                 return Feedback(order, damped.float(), upper.float(), damping)
         damping *= 10

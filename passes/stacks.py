@@ -24,7 +24,7 @@ class Stack:
 
 #: bytes of fp32 weights, second moments and their factors that are worked on side by side: a GPU wants many, a core's
 #: cache few
-BATCH_BYTES = {"cpu": 1, "cuda": 3 << 29}
+BATCH_BYTES = {"cpu": 1, "cuda": 1 << 30}
 
 
 def inputs(program: Program) -> dict[str, tuple[Site, ...]]:

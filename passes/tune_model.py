@@ -43,9 +43,9 @@ class TuneModel(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BRANCHED})
     semantics: ClassVar[Semantics] = Semantics.LOSSY
 
-    steps: int = 150
+    steps: int = 300
     ratio_rate: float = 5e-4
-    group_rate: float = 5e-3
+    group_rate: float = 2e-2
     branch_rate: float = 1e-2
     norm_rate: float = 1e-3
 

@@ -16,7 +16,9 @@ import mixcomp
 from mixcomp import api
 from mixcomp.errors import ArtifactError, BudgetError, CalibrationError, ConfigError, InputError, MismatchError
 from mixcomp.lowering.module import MixedLinear
-from mixcomp.passes import TuneBlocks, TuneClipping, TuneModel
+from mixcomp.passes import CollectStatistics, TuneBlocks, TuneClipping, TuneModel
+from mixcomp.program import Program
+from mixcomp.protocol import Context
 
 
 def tiny() -> Any:
@@ -68,6 +70,32 @@ def test_efforts_add_passes_that_learn(effort: str | None, learned: list[str], m
     stages = [s["stage"] for s in model.mixcomp.report["stages"]]
     assert [s for s in stages if s.startswith("tune")] == learned
     assert model.mixcomp.plan.options["effort"] == effort
+    found = model.mixcomp.report["calibration"]
+    assert found["written_tokens"] == (found["tokens"] - found["held_tokens"] if learned else 0)
+    assert ("writing" in stages) == bool(learned)
+
+
+def test_what_learns_reads_as_much_text_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own, from the first tokens of the windows; nothing is measured on it."""
+    seen: dict[str, torch.Tensor] = {}
+
+    class Reader(TuneBlocks):
+        def run(self, program: Program, context: Context) -> Program:
+            seen["learned"] = torch.cat(context.batches)
+            return program
+
+    class Counter(CollectStatistics):
+        def run(self, program: Program, context: Context) -> Program:
+            seen["measured"] = torch.cat(context.batches)
+            return super().run(program, context)
+
+    monkeypatch.setitem(api.TUNING, "balanced", (Reader(),))
+    monkeypatch.setattr(api, "CollectStatistics", Counter)
+    mixcomp.compile(tiny(), 4.4, calibration=text(), effort="balanced", strategy="uniform")
+    given, own = seen["learned"].tensor_split(2)
+    assert torch.equal(given, seen["measured"])
+    assert torch.equal(own[:, 0], given[:, 0])
+    assert not torch.equal(own, given)
 
 
 @pytest.mark.parametrize("strategy", ["slim", "amlq"])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from families import build
 from mixcomp import data
-from mixcomp.calibration import Calibration, resolve
+from mixcomp.calibration import Calibration, resolve, written
 from mixcomp.errors import CalibrationError
 
 VOCABULARY = 1000
@@ -244,6 +244,14 @@ def test_without_a_tokenizer_the_model_speaks_for_itself() -> None:
     assert len(set(batch[:, 0].tolist())) > 1, "first tokens are random"
     assert torch.equal(batch, resolve(None, model=model, samples=6, length=9, seed=3).batches[0])
     assert not torch.equal(batch, resolve(None, model=model, samples=6, length=9, seed=4).batches[0])
+
+
+def test_windows_that_do_not_fit_together_are_written_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts, draw = torch.tensor([[7], [3], [11], [49]]), torch.Generator().manual_seed(1)
+    together = written(Successor(vocabulary=50), starts, 9, draw)
+    assert torch.equal(together, (starts + torch.arange(9)) % 50)
+    monkeypatch.setattr("mixcomp.calibration.CACHE_BYTES", 1)
+    assert torch.equal(written(Successor(vocabulary=50), starts, 9, draw), together)
 
 
 def test_sampling_with_a_cache_equals_sampling_without() -> None:
