@@ -19,7 +19,7 @@ others seconds: give them a call of their own where calls are limited.
     two-level 64, ...          other forms of scales, priced and rounded in that form
     nearest rounding           the same grids, every weight to its nearest level, priced so
     columns by row / by site   column profiles added (benchmarks/columns.py)
-    balanced, best             gradient stages on top of ``joint``
+    balanced, best             gradient stages on top of ``joint``, learned from the given text alone
     uniform, mixllm, ...       the baseline and the papers' strategies; ``slim balanced`` with tune-clipping
     gate                       mixcomp.compile as it is, effort fast; the row says which strategy was taken
 """

@@ -1,6 +1,6 @@
 """Time and peak memory of the verbs on a Llama of 8 billion random weights on one GPU, by stage.
 
-    python benchmarks/large.py --verbs compile --out benchmarks/large_h100.json
+    python benchmarks/large.py --verbs compile
     python benchmarks/large.py --verbs measure plan apply --out benchmarks/large_verbs_h100.json
 
 The shapes are Llama-3.1-8B's; the weights are random, so only time, memory and bits mean anything here.  Effort fast.

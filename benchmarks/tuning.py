@@ -7,27 +7,31 @@ A row is a pass and, after a colon, the options that differ from its defaults:
 
     fast                            joint, before anything is learned
     blocks:place_rate=0.0015        tune-blocks, from there
-    model:group_rate=0.02           tune-model, from what ``blocks`` with its defaults left
+    model:group_rate=0.005          tune-model, from what ``blocks`` with its defaults left
+
+Passes learn from the given text, with ``--written`` also from as much that the model writes itself, as in the product.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 from common import Results, Setting, parser
 
+from mixcomp.calibration import written
 from mixcomp.config import Budget
 from mixcomp.passes import AnnotateSalience, AssignPrecision, TuneBlocks, TuneModel
+from mixcomp.passes.distill import Texts
 from mixcomp.program import Program
 
 PASSES = {"blocks": TuneBlocks, "model": TuneModel}
 ROWS = (
     "fast", "blocks", "blocks:place_rate=0.0015", "blocks:place_rate=0.006", "blocks:group_rate=0.04", "model",
-    "model:norm_rate=0", "model:branch_rate=0", "model:norm_rate=0.003", "model:group_rate=0.02", "model:ratio_rate=0.001",
-    "model:steps=300",
+    "model:norm_rate=0", "model:branch_rate=0", "model:norm_rate=0.003", "model:group_rate=0.005", "model:ratio_rate=0.001",
+    "model:steps=150",
 )  # fmt: skip
 
 
@@ -76,12 +80,18 @@ def main(given: list[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--budgets", type=float, nargs="+", default=[4.4, 3.35, 2.6])
     made.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW")
+    made.add_argument("--written", action="store_true", help="learn from text that the model writes, too")
     arguments: argparse.Namespace = made.parse_args(given)
     for row in arguments.rows:
         if row != "fast":
             tuning(row)
-    results = Results(arguments, "python benchmarks/tuning.py")
-    bench = Bench(Setting.start(arguments))
+    results = Results(arguments, "python benchmarks/tuning.py", written=arguments.written)
+    setting = Setting.start(arguments)
+    if arguments.written:
+        windows = Texts.of(setting.context).learn
+        own = written(setting.model, windows[:, :1], windows.shape[1], setting.context)
+        setting.context = replace(setting.context, batches=(*setting.context.batches, own))
+    bench = Bench(setting)
     for row in arguments.rows:
         for budget in arguments.budgets:
             results.make({"row": row, "budget": budget}, partial(bench.row, row, budget))

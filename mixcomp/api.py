@@ -321,7 +321,7 @@ class _Run:
         """
         with self.clock.stage("writing"):
             windows = Texts.of(self.context).learn
-            text = written(self.target, windows[:, :1], windows.shape[1], self.context.generator("writing"))
+            text = written(self.target, windows[:, :1], windows.shape[1], self.context)
         self.context = replace(self.context, batches=(*self.context.batches, text))
         return text.numel()
 

@@ -285,28 +285,28 @@ def _from_model(model: Any, shape: tuple[int, int], limits: TokenLimits, seed: i
     samples, length = shape
     if limits.vocabulary is None:
         raise CalibrationError(f"there is no tokenizer and the model names no vocabulary size to sample from; {_FORMS}")
-    draw = Context(seed=seed).generator("calibration")
-    starts = torch.randint(limits.vocabulary, (samples, 1), generator=draw)
+    context = Context(seed=seed)
+    starts = torch.randint(limits.vocabulary, (samples, 1), generator=context.generator("calibration"))
     source = f"no tokenizer was found: {samples} samples of {length} tokens drawn from the model itself (seed {seed})"
-    return Calibration((written(model, starts, length, draw),), source)
+    return Calibration((written(model, starts, length, context),), source)
 
 
 @torch.no_grad()
-def written(model: Any, starts: torch.Tensor, length: int, draw: torch.Generator) -> torch.Tensor:
+def written(model: Any, starts: torch.Tensor, length: int, context: Context) -> torch.Tensor:
     """What the model writes itself: ancestral samples at temperature 1, int64[n, length], after ``starts`` int64[n, 1].
 
     Raises:
         CalibrationError: its logits are not finite.
     """
     device = next(model.parameters()).device
-    own = torch.Generator(device).manual_seed(draw.initial_seed())
+    own = torch.Generator(device).manual_seed(context.generator("writing").initial_seed())
     finite = torch.ones((), dtype=torch.bool, device=device)
     done = []
     # cuDNN's attention plans anew for every length: 2.4 ms of the host per layer and token
     with evaluating(model), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         for rows in starts.to(device).split(_at_once(model, length)):
             tokens, cache = rows, None
-            while tokens.shape[1] < length:
+            for _ in context.track("tokens", range(length - 1)):
                 fed = tokens if cache is None else tokens[:, -1:]
                 out = model(input_ids=fed, past_key_values=cache, use_cache=True)
                 cache = getattr(out, "past_key_values", None)

@@ -130,6 +130,23 @@ def test_tuning(tiny: Path, tmp_path: Path, load: Any) -> None:
             module.tuning(odd)
 
 
+def test_tuning_on_written_text(tiny: Path, tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = load("tuning"), []
+
+    def run(self: Any, program: Any, context: Any) -> Any:
+        seen.append(sum(map(len, context.batches)))
+        return program
+
+    monkeypatch.setattr(module.TuneBlocks, "run", run)
+    scores = []
+    for more in ([], ["--written"]):
+        out = tmp_path / f"tuning{len(more)}.json"
+        module.main(arguments(tiny, out, "--budgets", "4.0", "--rows", "fast", "blocks", *more))
+        scores.append([row["scores"] for row in rows_of(out)])
+    assert seen[1] == 2 * seen[0]
+    assert scores[0] == scores[1], "only what learns reads it"
+
+
 def test_draws(tiny: Path, tmp_path: Path, load: Any) -> None:
     out = tmp_path / "draws.json"
     load("draws").main(arguments(tiny, out))

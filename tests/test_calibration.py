@@ -17,6 +17,7 @@ from families import build
 from mixcomp import data
 from mixcomp.calibration import Calibration, resolve, written
 from mixcomp.errors import CalibrationError
+from mixcomp.protocol import Context
 
 VOCABULARY = 1000
 
@@ -247,11 +248,11 @@ def test_without_a_tokenizer_the_model_speaks_for_itself() -> None:
 
 
 def test_windows_that_do_not_fit_together_are_written_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    starts, draw = torch.tensor([[7], [3], [11], [49]]), torch.Generator().manual_seed(1)
-    together = written(Successor(vocabulary=50), starts, 9, draw)
+    starts, context = torch.tensor([[7], [3], [11], [49]]), Context()
+    together = written(Successor(vocabulary=50), starts, 9, context)
     assert torch.equal(together, (starts + torch.arange(9)) % 50)
     monkeypatch.setattr("mixcomp.calibration.CACHE_BYTES", 1)
-    assert torch.equal(written(Successor(vocabulary=50), starts, 9, draw), together)
+    assert torch.equal(written(Successor(vocabulary=50), starts, 9, context), together)
 
 
 def test_sampling_with_a_cache_equals_sampling_without() -> None:
