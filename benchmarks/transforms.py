@@ -50,9 +50,9 @@ def orthogonal(size: int, draw: torch.Generator) -> torch.Tensor:
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while len(hadamard) < power:
         hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1))) / 2**0.5
-    odd = torch.linalg.qr(torch.randn(size // power, size // power, generator=draw, dtype=torch.float64))[0]
+    odd, _ = torch.linalg.qr(torch.randn(size // power, size // power, generator=draw, dtype=torch.float64))
     signs = torch.randint(0, 2, (size, 1), generator=draw).double() * 2 - 1
-    return signs * torch.kron(odd, hadamard)
+    return signs * torch.kron(odd.contiguous(), hadamard)  # qr hands out columns first
 
 
 def _product(*factors: torch.Tensor) -> torch.Tensor:

@@ -179,6 +179,14 @@ def test_correlation(tiny: Path, tmp_path: Path, load: Any) -> None:
     assert checks == {"joint", "corrected by site", "corrected by kind"}
 
 
+@pytest.mark.parametrize("size", [7, 24, 64, 192, 576])
+def test_rotations_are_orthogonal(size: int, load: Any) -> None:
+    """Powers of two, odd sizes, and what real models have."""
+    found = load("transforms").orthogonal(size, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found @ found.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-13)
+    assert float(found.abs().max()) < 1
+
+
 def test_transforms(tiny: Path, tmp_path: Path, load: Any) -> None:
     out = tmp_path / "transforms.json"
     methods = ["scale", "rotate both"]
