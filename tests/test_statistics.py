@@ -70,6 +70,7 @@ def test_moments_are_means_of_outer_products_weighted_by_gradients(gradient_toke
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_large_moments_wait_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     program, context = build(TWO), Context(torch.device("cuda"), (batch().cuda(), batch(3).cuda()))
     program.graph_module.to("cuda")
