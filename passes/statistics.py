@@ -80,7 +80,6 @@ class _Sums:
     number of tokens by site.  Those in main memory visit the device one at a time."""
 
     device: torch.device
-
     sites: dict[str, Site]
     sigma: dict[str, torch.Tensor]
     weight: dict[str, torch.Tensor]
