@@ -9,7 +9,9 @@ Rows are made one after another and written as they come; a run that is cut off 
 ``second_order_loss`` the same sum over the weights that were stored.  ``--rows balanced best`` take minutes a budget, all
 others seconds: give them a call of their own where calls are limited.
 
-    joint                      widths per row, side branches, GPTQ, gamma, two-level scales in groups of 32 (effort fast)
+    joint                      widths per row, side branches, scaled channels, GPTQ, gamma, two-level scales in groups of
+                               32 (effort fast)
+    channels as they are       without scale-channels
     tokens count alike         second moments not weighted by gradients
     no coordinate descent      codes and group scales as GPTQ and the search left them
     one width per site         every site is bought as a whole
@@ -48,6 +50,7 @@ from mixcomp.passes import (
     InsertSideBranch,
     QuantizeWeights,
     ReorderFeatures,
+    ScaleChannels,
     TuneBlocks,
     TuneClipping,
     TuneModel,
@@ -77,12 +80,19 @@ class Bench:
             program = self.setting.program
             own = {s.name: program.tensor(s.name, "gamma") for s in program.open_sites()}
             changed = program.with_tensors({f"{n}/gamma": value for n, value in gamma(own).items()})
-            self.priced[name] = self.setting.run(changed, AnnotateSalience())
+            self.priced[name] = self.setting.run(changed, ScaleChannels(), AnnotateSalience())
         return self.priced[name]
+
+    @property
+    def scaled(self) -> Program:
+        """Channels scaled, nothing priced."""
+        if "scaled" not in self.priced:
+            self.priced["scaled"] = self.setting.run(self.setting.program, ScaleChannels())
+        return self.priced["scaled"]
 
     def table(self, name: str, **options: Any) -> Priced:
         if name not in self.tables:
-            self.tables[name] = price(self.setting.program, self.setting.context, **options)
+            self.tables[name] = price(self.scaled, self.setting.context, **options)
         return self.tables[name]
 
     def joint(self, budget: float, program: Program | None = None, strategy: Any = "joint") -> Program:
@@ -92,7 +102,7 @@ class Bench:
     def menus(self, budget: float, priced: Priced, whole: bool = False) -> Program:
         """A plan from prices in any form."""
         menus = menus_of(self.setting.program, [priced], whole=whole)
-        return self.setting.run(self.setting.program, AssignMenus(Budget(budget), (), menus, priced.spectra))
+        return self.setting.run(self.scaled, AssignMenus(Budget(budget), (), menus, priced.spectra))
 
     def gradients(self, name: str, budget: float) -> Program:
         """``joint``, then tune-blocks, then tune-model: as far as ``name`` goes."""
@@ -123,8 +133,14 @@ class Bench:
         if "alike" not in self.priced:
             plain = self.setting.run(self.setting.program, CollectStatistics(gradient_tokens=1))
             sigma = {key: t for key, t in plain.tensors.items() if key.endswith("/sigma")}
-            self.priced["alike"] = self.setting.run(self.setting.program.with_tensors(sigma), AnnotateSalience())
+            plain = self.setting.program.with_tensors(sigma)
+            self.priced["alike"] = self.setting.run(plain, ScaleChannels(), AnnotateSalience())
         return self.setting.quantize(self.joint(budget, self.priced["alike"]))
+
+    def unscaled(self, budget: float) -> Program:
+        if "unscaled" not in self.priced:
+            self.priced["unscaled"] = self.setting.run(self.setting.program, AnnotateSalience())
+        return self.joint(budget, self.priced["unscaled"])
 
     def unrefined(self, budget: float) -> Program:
         with patch.object(refine, "ROUNDS", 0):
@@ -136,7 +152,7 @@ class Bench:
         return self.joint(budget, program.with_tensors(spectra))
 
     def columns(self, budget: float, *, whole: bool) -> Program:
-        return assign_columns(self.setting, self.table("columns", by_group=True), budget, whole=whole)
+        return assign_columns(self.setting, self.scaled, self.table("columns", by_group=True), budget, whole=whole)
 
     def form(self, form: Form, budget: float) -> Program:
         return self.menus(budget, self.table(form.label, form=form))
@@ -163,6 +179,7 @@ def rows_of(bench: Bench) -> dict[str, Callable[[float], Program]]:
 
     return {
         "joint": after(bench.joint),
+        "channels as they are": after(bench.unscaled),
         "tokens count alike": bench.alike,
         "no coordinate descent": bench.unrefined,
         "one width per site": after(lambda b: bench.menus(b, bench.table("joint"), whole=True)),

@@ -62,13 +62,14 @@ def _menu(site: Site, losses: torch.Tensor, index: bool, whole: bool) -> Menu:
     return Menu.of(site, Form(), widths.contiguous(), torch.stack(summed, 1), index, whole)
 
 
-def assign_columns(setting: Setting, priced: Priced, budget: float, *, whole: bool = False) -> Program:
+def assign_columns(
+    setting: Setting, program: Program, priced: Priced, budget: float, *, whole: bool = False
+) -> Program:
     """A plan with profiles.
 
     Groups form in the order that an absorbed permutation gives the columns (down's, by the rows of gate and up), so the
     producers of such orders are settled first, and everything else is bought anew with the consumers priced in it.
     """
-    program = setting.program
     menus = column_menus(program, priced, whole=whole)
     first = setting.run(program, AssignMenus(Budget(budget), (), menus, priced.spectra))
     settled = {name for absorption in taken(analyse(program)) for name in absorption.producers}

@@ -30,15 +30,14 @@ from mixcomp.calibration import Calibration, resolve
 from mixcomp.capture import capture
 from mixcomp.errors import MixCompError
 from mixcomp.evaluate import evaluate, text_windows
-from mixcomp.passes import CollectStatistics, InsertSideBranch, QuantizeWeights, ReorderFeatures
+from mixcomp.passes import CollectStatistics
 from mixcomp.passes.directions import error_loss
+from mixcomp.passes.strategies import quantizing_of
 from mixcomp.passes.tunable import Settled
 from mixcomp.program import Program, Site
 from mixcomp.protocol import Context, Pass
 from mixcomp.sources import load_original, load_tokenizer, pick_device
 
-#: what follows a decision
-QUANTIZING = (ReorderFeatures(), QuantizeWeights(), InsertSideBranch())
 #: windows of a second text
 SECOND_WINDOWS = 48
 
@@ -243,19 +242,21 @@ class Setting:
         return program
 
     def quantize(self, program: Program) -> Program:
-        """From decisions to stored tensors."""
-        return self.run(program, *QUANTIZING)
+        """From decisions to stored tensors, by the passes of scaled channels where they are."""
+        scaled = any(key.endswith("/scale") for key in program.tensors)
+        return self.run(program, *quantizing_of("joint" if scaled else "mixllm"))
 
     def judged(self, program: Program) -> dict[str, Any]:
         """Bits, predicted loss, the same loss of the stored weights, and scores of a quantized program."""
         weights = dequantized(program, self.context.device)
+        scales = {key: t for key, t in program.tensors.items() if key.endswith(("/scale", "/row_scale"))}
         total, bits = sum(s.rows * s.columns for s in program.sites if s.in_scope), stored_bits(program)
         return {
             "stored_bits_per_weight": bits / total,
             "payload_bits_per_weight": payload_bits(program) / total,
             "mean_width": mean_width(program),
             "predicted_loss": float(program.tensors["budget/loss"]),
-            "second_order_loss": second_order(self.program, weights, self.context.device),
+            "second_order_loss": second_order(self.program.with_tensors(scales), weights, self.context.device),
             "scores": self.judge.score(program, weights),
         }
 
@@ -301,7 +302,7 @@ def second_order(program: Program, weights: Mapping[str, torch.Tensor], device: 
     """``1/2 tr(G E S E^T)`` summed over sites for the weights as they are stored, side branches included; nats a token."""
     total = 0.0
     for site in program.open_sites():
-        error = program.weight(site).detach().to(device, torch.float32) - weights[site.name].float()
-        sigma, gamma = program.tensor(site.input, "sigma").to(device), program.tensor(site.name, "gamma").to(device)
+        error = program.scaled_weight(site, device) - weights[site.name].float()
+        sigma, gamma = program.sigma(site.input, device), program.gamma(site, device)
         total += float(error_loss(error, sigma, gamma))
     return total

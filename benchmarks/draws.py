@@ -23,7 +23,7 @@ from common import Results, Setting, parser
 import mixcomp
 from mixcomp.config import CompileConfig
 from mixcomp.fingerprint import Identity
-from mixcomp.passes import AnnotateSalience, AssignPrecision
+from mixcomp.passes import AnnotateSalience, AssignPrecision, ScaleChannels
 from mixcomp.passes.coupling import analyse
 from mixcomp.passes.decision import Decisions
 from mixcomp.planning import record
@@ -40,7 +40,7 @@ def one(setting: Setting, budget: float, draw: int, draws: int) -> dict[str, Any
     setting.stages.clear()
     config = CompileConfig.from_kwargs(budget=budget, effort="fast", seed=setting.context.seed)
     program = setting.run(setting.program, setting.statistics)
-    decided = setting.run(program, AnnotateSalience(), AssignPrecision(config.budget))
+    decided = setting.run(program, ScaleChannels(), AnnotateSalience(), AssignPrecision(config.budget))
     fingerprint = Identity.of(decided).fingerprint
     plan = record(
         decided.sites, analyse(decided), Decisions.read(decided), config, f"draw {draw} of {draws}", fingerprint

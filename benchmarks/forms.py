@@ -60,7 +60,9 @@ class Bench:
         """A plan, and the shares that its ranks were chosen by."""
         if name in COLUMNS:
             priced = self.table(by_group=True)
-            return assign_columns(self.setting, priced, budget, whole=COLUMNS[name]), priced.spectra
+            return assign_columns(
+                self.setting, self.setting.program, priced, budget, whole=COLUMNS[name]
+            ), priced.spectra
         spectra = self.table(form=DEFAULT).spectra
         if name in RANKS:
             spectra = self.table(directions=RANKS[name]).spectra if RANKS[name] else {}

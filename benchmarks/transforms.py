@@ -4,6 +4,7 @@
         --out benchmarks/transforms_h100.json
 
     plain          nothing
+    channels       the product's own scale-channels
     scale          AWQ's channel scaling (Lin et al. 2024): columns times s, the operation before them by 1/s: norms into
                    q/k/v and gate/up, rows of up into down, rows of v into o (shared by the heads that read them).
                    s = E[x^2]^(alpha/2), alpha searched for every group of sites that read one activation, by the
@@ -29,7 +30,7 @@ from common import Results, Setting, parser
 
 from mixcomp.config import Budget
 from mixcomp.format import WIDTHS
-from mixcomp.passes import AnnotateSalience, AssignPrecision
+from mixcomp.passes import AnnotateSalience, AssignPrecision, ScaleChannels
 from mixcomp.passes.directions import error_loss
 from mixcomp.passes.gptq import Task, feedback, gptq
 from mixcomp.passes.stacks import Stack, batches, stack
@@ -38,7 +39,7 @@ from mixcomp.protocol import Context
 from mixcomp.quant import concatenate, dequantize, fit_grid
 from mixcomp.sources import load_original, pick_device
 
-METHODS = ("plain", "scale", "rotate", "rotate heads", "rotate both")
+METHODS = ("plain", "channels", "scale", "rotate", "rotate heads", "rotate both")
 EXPONENTS = tuple(i / 10 for i in range(11))
 #: of E[x^2] next to its mean: channels that are never used are not blown up
 LEAST_ENERGY = 1e-6
@@ -240,7 +241,8 @@ class Bench:
             setting = Setting.start(self.arguments, model, self.original)
             scores = setting.judge.score_model(model)
             more["kl_uncompressed"] = {name: score["kl"] for name, score in scores.items()}
-            self.settings[key] = (setting, setting.run(setting.program, AnnotateSalience()), more)
+            first = (ScaleChannels(),) if method == "channels" else ()
+            self.settings[key] = (setting, setting.run(setting.program, *first, AnnotateSalience()), more)
         return self.settings[key]
 
     def row(self, method: str, budget: float) -> dict[str, Any]:

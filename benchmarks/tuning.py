@@ -23,7 +23,7 @@ from common import Results, Setting, parser
 
 from mixcomp.calibration import written
 from mixcomp.config import Budget
-from mixcomp.passes import AnnotateSalience, AssignPrecision, TuneBlocks, TuneModel
+from mixcomp.passes import AnnotateSalience, AssignPrecision, ScaleChannels, TuneBlocks, TuneModel
 from mixcomp.passes.distill import Texts
 from mixcomp.program import Program
 
@@ -54,7 +54,7 @@ class Bench:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.priced = setting.run(setting.program, AnnotateSalience())
+        self.priced = setting.run(setting.program, ScaleChannels(), AnnotateSalience())
         self.starts: dict[tuple[str, float], Program] = {}
 
     def start(self, name: str, budget: float) -> Program:

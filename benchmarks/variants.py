@@ -152,7 +152,7 @@ def _book(
     for (site, part), (_, own) in zip(
         rows.split(by_width), rows.split(error.chunk(len(WIDTHS))[SPECTRUM]), strict=True
     ):
-        gamma = program.tensor(site.name, "gamma").to(context.device)
+        gamma = program.gamma(site, context.device)
         part = part * gamma[:, None, None] / 2
         out.losses[site.name] = (part[:, 0] if part.shape[1] == 1 else part).cpu()
         count = min(most, site.rows - 1, site.columns - 1) if most else most_directions(site.rows, site.columns)

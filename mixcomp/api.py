@@ -17,14 +17,14 @@ from mixcomp.clock import Clock
 from mixcomp.config import CompileConfig, MeasureConfig
 from mixcomp.errors import ConfigError, InputError, MismatchError
 from mixcomp.fingerprint import Identity
-from mixcomp.gate import QUANTIZING, RIVALS, Gate
+from mixcomp.gate import RIVALS, Gate
 from mixcomp.lowering.lower import LowerLinears, write_back
 from mixcomp.measurement import Measurement
 from mixcomp.passes import CollectStatistics, FollowPlan, TuneBlocks, TuneClipping, TuneModel
 from mixcomp.passes.coupling import Couplings, analyse
 from mixcomp.passes.decision import Decisions
 from mixcomp.passes.distill import Texts
-from mixcomp.passes.strategies import measuring_of, passes_of
+from mixcomp.passes.strategies import measuring_of, passes_of, quantizing_of
 from mixcomp.planning import open_measurement, record
 from mixcomp.plans import Compiled, Plan, parse_widths
 from mixcomp.program import Fact, Program
@@ -114,13 +114,14 @@ def compile(
     bounds.require(config.budget.bits(bounds.weights), str(config.budget))  # before any calibration
     identity = run.identify()
     text = run.calibrate(config, calibration, tokenizer)
-    measured = run.passes(run.program, (run.statistics, *measuring))
-    gate = Gate(run.passes(measured, (deciding, *QUANTIZING)), config.strategy)
+    plain = run.passes(run.program, (run.statistics,))
+    measured = run.passes(plain, measuring)
+    gate = Gate(run.passes(measured, (deciding, *quantizing_of(config.strategy))), config.strategy)
     if config.strategy == "joint":
         names = RIVALS[run.effort(config)]
         rivals = {name: passes_of(name, config.budget, fixed, run.gradient_tokens) for name in names}
         with run.clock.stage("gate"):
-            gate.run(measured, rivals, run.context)
+            gate.run(plain, measured, rivals, run.context)
     won = replace(config, strategy=gate.strategy)
     plan = record(gate.kept.sites, run.couplings, Decisions.read(gate.kept), won, text.source, identity.fingerprint)
     source = {"source": text.source, "tokens": text.tokens}
@@ -212,7 +213,8 @@ def apply(
             )
         source = {"source": f"measured: {measured.calibration}", "tokens": 0}
         run.context = Context(run.device, (), config.seed, run.clock.progress)
-    return run.finish(run.passes(run.program, (*followed, *QUANTIZING)), config, plan, source)
+    program = run.passes(run.program, (*followed, *quantizing_of(config.strategy)))
+    return run.finish(program, config, plan, source)
 
 
 def _plan(given: object) -> Plan:

@@ -13,16 +13,14 @@ from mixcomp import manager
 from mixcomp.budget import original_bits
 from mixcomp.config import STRATEGIES
 from mixcomp.errors import MixCompError
-from mixcomp.passes import InsertSideBranch, QuantizeWeights, ReorderFeatures
 from mixcomp.passes.decision import Assignment
 from mixcomp.passes.distill import Teacher
+from mixcomp.passes.strategies import quantizing_of
 from mixcomp.program import Program
 from mixcomp.protocol import Context, Pass
 
 #: effort -> strategies that ``joint`` has to beat; one more costs a CPU its own measuring, a quantization and a forward pass
 RIVALS = {"fast": ("uniform",), "balanced": STRATEGIES[1:], "best": STRATEGIES[1:]}
-#: from widths to stored tensors, for whatever strategy
-QUANTIZING: tuple[Pass, ...] = (ReorderFeatures(), QuantizeWeights(), InsertSideBranch())
 
 
 @dataclass(slots=True, eq=False)
@@ -39,9 +37,14 @@ class Gate:
     _best: float = math.inf
 
     def run(
-        self, measured: Program, rivals: Mapping[str, tuple[tuple[Pass, ...], Assignment]], context: Context
+        self,
+        plain: Program,
+        measured: Program,
+        rivals: Mapping[str, tuple[tuple[Pass, ...], Assignment]],
+        context: Context,
     ) -> None:
-        """Score what is kept, then every rival: its passes run from ``measured`` on, except those that have run.
+        """Score what is kept, then every rival: its passes run from ``plain``, which holds statistics alone, or from
+        ``measured`` if those are the ones that have made it of that.
 
         The least divergence wins, the earlier of equal ones.  A rival that cannot spend the budget, or fails at anything
         else, is a row that says so: it must not take joint's plan from the user.
@@ -49,24 +52,22 @@ class Gate:
         if not context.held:
             self._enter(self.strategy, self.kept, reason="not scored: calibration is too little to keep a window back")
             return
-        teacher, held = Teacher.of(measured), torch.cat(context.held).to(context.device)
-        ends, done = teacher.ends(held), {step.spec for step in measured.history}
+        teacher, held = Teacher.of(plain), torch.cat(context.held).to(context.device)
+        ends, done = teacher.ends(held), [step.spec for step in measured.history[len(plain.history) :]]
         for name in context.track("gate", (self.strategy, *rivals)):
             try:
-                program = self._quantized(measured, *rivals[name], done, context) if name in rivals else self.kept
+                if name in rivals:
+                    measuring, deciding = rivals[name]
+                    ready = done == [one.spec() for one in measuring]
+                    passes = (*(() if ready else measuring), deciding, *quantizing_of(name))
+                    program = _quantized(measured if ready else plain, deciding, passes, context)
+                else:
+                    program = self.kept
             except MixCompError as error:
                 self._enter(name, None, reason=str(error))
                 continue
             self._enter(name, program, teacher.distance(program, held, ends))
             del program  # a loser is gone before the next one is made
-
-    def _quantized(
-        self, measured: Program, measuring: tuple[Pass, ...], deciding: Assignment, done: set[str], context: Context
-    ) -> Program:
-        limits = deciding.limits(measured)
-        limits.require(deciding.budget.bits(limits.weights), str(deciding.budget))  # before anything is measured
-        passes = (*(p for p in measuring if p.spec() not in done), deciding, *QUANTIZING)
-        return manager.run(measured, passes, context)
 
     def _enter(
         self, strategy: str, program: Program | None, kl: float = math.nan, reason: str = "predicts NaN or infinity"
@@ -78,6 +79,12 @@ class Gate:
             self.kept, self.strategy, self._best = program, strategy, kl
         for row in self.rows:
             row["kept"] = row["strategy"] == self.strategy
+
+
+def _quantized(program: Program, deciding: Assignment, passes: tuple[Pass, ...], context: Context) -> Program:
+    limits = deciding.limits(program)
+    limits.require(deciding.budget.bits(limits.weights), str(deciding.budget))  # before anything is measured
+    return manager.run(program, passes, context)
 
 
 def stored_bits(program: Program) -> float:

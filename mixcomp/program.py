@@ -1,7 +1,7 @@
 """What flows between passes: a captured graph, its sites, a table of tensors, and the facts established so far.
 
 All types are frozen; a pass makes the next value with ``dataclasses.replace``.  Big tensors live in ``Program.tensors``
-under ``"<site>/<what>"``, ``"<input>/sigma"`` or ``"<parameter>/norm"`` and are never changed in place.
+under ``"<site>/<what>"``, ``"<input>/<what>"`` or ``"<parameter>/norm"`` and are never changed in place.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Program:
         return self.tensors.get(f"{owner}/{what}")
 
     def norms(self) -> dict[str, torch.Tensor]:
-        """Learned weights and biases of norms, ``<parameter>/norm``: the parameter's path -> its value to be."""
+        """New weights and biases of norms, ``<parameter>/norm``: the parameter's path -> its value to be."""
         split = ((key.rpartition("/"), tensor) for key, tensor in self.tensors.items())
         return {path: tensor for (path, _, what), tensor in split if what == "norm"}
 
@@ -147,6 +147,24 @@ class Program:
         """The original weight as (rows, columns); a view of the user's parameter, so read only."""
         parameter = self.graph_module.get_parameter(self.graph_key(site))
         return parameter.t() if site.weight.transposed else parameter
+
+    def scaled_weight(self, site: Site, device: torch.device) -> torch.Tensor:
+        """What is to be stored, fp32[rows, columns] on ``device``: the original with scaled channels, columns times
+        ``<input>/scale`` and rows divided by ``<site>/row_scale``, where they are."""
+        weight = self.weight(site).detach().to(device, torch.float32)
+        columns, rows = self.find(site.input, "scale"), self.find(site.name, "row_scale")
+        weight = weight if columns is None else weight * columns.to(device)
+        return weight if rows is None else weight / rows.to(device)[:, None]
+
+    def sigma(self, name: str, device: torch.device) -> torch.Tensor:
+        """Second moments fp32[columns, columns] of what the sites with input ``name`` read, its channels scaled."""
+        sigma, scale = self.tensor(name, "sigma").to(device), self.find(name, "scale")
+        return sigma if scale is None else sigma / torch.outer(scale.to(device), scale.to(device))
+
+    def gamma(self, site: Site, device: torch.device) -> torch.Tensor:
+        """How strongly the loss reacts to a site's outputs fp32[rows], its rows scaled."""
+        gamma, scale = self.tensor(site.name, "gamma").to(device), self.find(site.name, "row_scale")
+        return gamma if scale is None else gamma * scale.to(device).square()
 
     def graph_key(self, site: Site) -> str:
         """Name under which the graph module holds the weight."""

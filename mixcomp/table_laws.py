@@ -68,6 +68,18 @@ def statistics(case: Case) -> Findings:
                 yield f"site {site.name}: sigma is not symmetric", None
 
 
+def scales(case: Case) -> Findings:
+    """I10: what channels are scaled by, columns f32[columns] > 0 and rows f32[rows] > 0, where they are."""
+    for site in case.program.open_sites():
+        for owner, what, size in ((site.input, "scale", site.columns), (site.name, "row_scale", site.rows)):
+            scale = case.program.find(owner, what)
+            if scale is None:
+                continue
+            yield from _typed(f"{owner}/{what}", scale, torch.float32, (size,))
+            if case.fresh(f"{owner}/{what}") and not bool((scale > 0).all()):
+                yield f"site {site.name}: {owner}/{what} has entries that are not positive", None
+
+
 def _asymmetry(square: torch.Tensor) -> float:
     """Largest |s_ij - s_ji|, by strips, so that no second matrix is made."""
     step = max(1, STRIP // len(square))

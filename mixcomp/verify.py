@@ -52,6 +52,7 @@ TABLE: tuple[Invariant, ...] = (
     Invariant("I08", "parameters are untouched or consumed once", graph.parameters_kept, compares=True),
     Invariant("I09", "tensors are owned, finite, contiguous, immutable", table.table_sound),
     Invariant("I10", "sigma and gamma of every open site", table.statistics, Fact.STATISTICS),
+    Invariant("I10", "scales of channels are positive", table.scales),
     Invariant("I10", "salience of every row at every width", table.salience, Fact.SALIENCE),
     Invariant("I11", "one allowed width per row", table.widths_allowed, Fact.ASSIGNED),
     Invariant("I12", "bits in scope within the budget", table.within_budget, Fact.ASSIGNED),

@@ -65,7 +65,7 @@ class AssignBlocks(Assignment):
         read, known = "", None
         for site in context.track("block widths", sites):
             if known is None or read != site.input:  # sites that read one activation follow each other
-                sigma = program.tensor(site.input, "sigma").to(context.device)
+                sigma = program.sigma(site.input, context.device)
                 read, known = site.input, feedback(sigma, site.name)
             salience[site.name], widths[site.name] = self._split(program, site, sigma, known, middle)
         chosen = self._spend_rest(sites, widths, salience, middle, room)
@@ -94,7 +94,7 @@ class AssignBlocks(Assignment):
         self, program: Program, site: Site, sigma: torch.Tensor, known: Feedback, middle: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Salience fp64[blocks] and widths uint8[blocks]."""
-        weight = program.weight(site).detach().to(sigma.device, torch.float32)
+        weight = program.scaled_weight(site, sigma.device)
         salience = slim.block_salience(slim.element_salience(weight, known), self.group)
         pairs = slim.pairing(salience, site.columns, self.group)
         if self.score == "kl":
@@ -135,6 +135,6 @@ class AssignBlocks(Assignment):
         return out
 
     def _loss(self, program: Program, site: Site, widths: torch.Tensor, device: torch.device) -> float:
-        weight = program.weight(site).detach().to(device, torch.float32)
-        sigma, gamma = program.tensor(site.input, "sigma").to(device), program.tensor(site.name, "gamma").to(device)
+        weight = program.scaled_weight(site, device)
+        sigma, gamma = program.sigma(site.input, device), program.gamma(site, device)
         return float(error_loss(weight - round_mix(weight, self.group, widths.tolist()), sigma, gamma))

@@ -102,8 +102,8 @@ class AssignMixes(Assignment):
 
     def _options(self, program: Program, site: Site, device: torch.device) -> list[_Choice]:
         """Falling in bits where errors rise is not assumed; sorted by bits, then by error."""
-        weight = program.weight(site).detach().to(device, torch.float32)
-        sigma, gamma = program.tensor(site.input, "sigma").to(device), program.tensor(site.name, "gamma").to(device)
+        weight = program.scaled_weight(site, device)
+        sigma, gamma = program.sigma(site.input, device), program.gamma(site, device)
         found = []
         for o in amlq.options(weight, sigma.diagonal(), self.groups, self.mixes):
             error = amlq.relative_error(o.error, weight, sigma)
@@ -118,8 +118,8 @@ class AssignMixes(Assignment):
             return {s.name: 0 for s in sites}
         out = {}
         for site in sites:
-            weight = program.weight(site).detach().to(context.device, torch.float32)
-            sigma = program.tensor(site.input, "sigma").to(context.device)
+            weight = program.scaled_weight(site, context.device)
+            sigma = program.sigma(site.input, context.device)
             error = weight - round_mix(weight, chosen[site.name].group, chosen[site.name].widths)
             count, draw = most_directions(*weight.shape), context.generator(self.name, site.name)
             shares = error_spectrum(error, sigma, torch.ones_like(weight[:, 0]), count, draw).shares

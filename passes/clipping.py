@@ -66,7 +66,7 @@ class Clipped:
         ones, symmetric, top = _kinds(widths)
         zeros = torch.zeros_like(widths) if stored.zeros is None else unpack_zeros(stored.zeros, fmt)
         shift = stored.group_offsets().float()
-        weight, positions = program.weight(site).detach().to(device, torch.float32), []
+        weight, positions = program.scaled_weight(site, device), []
         for axis, what in enumerate(("row_order", "column_order")):
             order = program.find(site.name, what)
             weight = weight if order is None else weight.index_select(axis, order.to(device))

@@ -7,6 +7,7 @@ Anything not known to do less fixes it, so an unknown operation costs a scatter,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import gcd
@@ -85,7 +86,7 @@ _RESHAPES = (
     aten.squeeze.dim,
     aten.squeeze.dims,
 )
-_COPIES = (
+COPIES = (
     aten.contiguous.default,
     aten.clone.default,
     aten.alias.default,
@@ -100,7 +101,7 @@ _COPIES = (
 )
 _MOVES: Mapping[object, Move] = {
     **dict.fromkeys(_RESHAPES, _reshaped),
-    **dict.fromkeys(_COPIES, _same),
+    **dict.fromkeys(COPIES, _same),
     aten.dropout.default: _dropped,
     aten.expand.default: _expanded,
     aten.slice.Tensor: _sliced,
@@ -135,42 +136,23 @@ def _writes(target: object) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def _sizes(node: fx.Node) -> Sizes | None:
+def value_sizes(node: fx.Node) -> Sizes | None:
     """Sizes of a tensor; None for numbers and tuples."""
     value = node.meta.get("val")
     return axes.sizes_of(value.shape) if isinstance(value, torch.Tensor) else None
 
 
-class Features:
-    """What one walk over the graph finds out.
-
-    ``graph``: rows and columns of sites, an edge where two have to share an order.  ``block[site]``: the order of its
-    rows may only change inside blocks of so many.  ``forms[site]``: how its columns follow the rows that feed them
-    (see ``axes.column_blocks``), one entry per way.  ``fixed[axis]``: why it cannot be permuted.
-    """
+class Walk(ABC):
+    """One walk over a graph that follows flows, ``flows[node]``; what they are for is up to the subclass."""
 
     def __init__(self, program: Program) -> None:
         self.sites = {site.name: site for site in program.sites}
-        self.graph: nx.Graph[Axis] = nx.Graph()
-        self.block = {site.name: site.rows for site in program.sites}
-        self.forms: dict[str, set[tuple[int, int]]] = {}
-        self.fixed: dict[Axis, str] = {}
-        self._flows: dict[fx.Node, Flow] = {}
-        for site in program.sites:
-            self.graph.add_node(Axis(site.name, "rows"))
-            if not site.open:
-                self._fix_site(site, f"is not compiled ({site.reason or 'out of scope'})")
-            elif site.rows == 1:
-                self.fixed[Axis(site.name, "rows")] = "has one output feature"
-        for node in program.graph_module.graph.nodes:
-            self._visit(node)
+        self.flows: dict[fx.Node, Flow] = {}
 
-    def _fix_site(self, site: Site, reason: str) -> None:
-        self.fixed[Axis(site.name, "rows")] = self.fixed[Axis(site.name, "columns")] = reason
-
-    def _visit(self, node: fx.Node) -> None:
-        target, sizes = node.target, _sizes(node)
-        carried = [n for n in node.all_input_nodes if n in self._flows]
+    def visit(self, node: fx.Node) -> None:
+        """Take one node; call it for all of them, in order."""
+        target, sizes = node.target, value_sizes(node)
+        carried = [n for n in node.all_input_nodes if n in self.flows]
         if target is LINEAR and node.meta.get(META) in self.sites and sizes is not None:
             self._linear(node, carried, sizes)
         elif not carried or target in _METADATA:
@@ -181,10 +163,76 @@ class Features:
             self._move(node, _MOVES[target], sizes)
         elif target in _AVERAGES:
             self._average(node, carried, _AVERAGES[target], sizes)
-        elif _is_elementwise(target):
-            self._elementwise(node, carried, sizes)
         else:
-            self._fix(carried, node)
+            self._elementwise(node, carried, sizes)
+
+    @abstractmethod
+    def _linear(self, node: fx.Node, carried: list[fx.Node], sizes: Sizes) -> None:
+        """A call of a site: flows end in its columns, one begins with its rows."""
+
+    @abstractmethod
+    def _elementwise(self, node: fx.Node, carried: list[fx.Node], sizes: Sizes) -> None:
+        """Any other operation on flows, elementwise or not."""
+
+    @abstractmethod
+    def _carry(self, node: fx.Node, flow: Flow, pinned: Iterable[Parts]) -> None:
+        """``node`` carries ``flow`` on; dimensions of ``pinned`` meet a tensor that varies along them."""
+
+    @abstractmethod
+    def _fix(self, carried: Iterable[fx.Node], node: fx.Node) -> None:
+        """The flows of ``carried`` end at ``node``, which does not let them through."""
+
+    def _move(self, node: fx.Node, rule: Move, sizes: Sizes) -> None:
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source not in self.flows:
+            return  # of other arguments only the dtype is used
+        flow, before = self.flows[source], value_sizes(source) or ()
+        layout = rule(node, flow.layout, before, sizes)
+        if layout is None:
+            self._fix([source], node)
+        else:
+            self.flows[node] = Flow(flow.site, layout)
+
+    def _average(self, node: fx.Node, carried: list[fx.Node], position: int, sizes: Sizes) -> None:
+        """The last dimension of v passes; the leading ones stay in place, because the weights have them too."""
+        others = [*node.args[:position], *node.args[position + 1 :], *node.kwargs.values()]
+        self._fix([n for n in carried if n in others], node)
+        value = node.args[position]
+        if not isinstance(value, fx.Node) or value not in self.flows:
+            return
+        flow = self.flows[value]
+        layout = axes.weighted_sum(flow.layout, sizes)
+        if layout is None:
+            self._fix([value], node)
+        else:
+            self._carry(node, Flow(flow.site, layout), flow.layout[:-2])
+
+
+class Features(Walk):
+    """What one walk over the graph finds out.
+
+    ``graph``: rows and columns of sites, an edge where two have to share an order.  ``block[site]``: the order of its
+    rows may only change inside blocks of so many.  ``forms[site]``: how its columns follow the rows that feed them
+    (see ``axes.column_blocks``), one entry per way.  ``fixed[axis]``: why it cannot be permuted.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.graph: nx.Graph[Axis] = nx.Graph()
+        self.block = {site.name: site.rows for site in program.sites}
+        self.forms: dict[str, set[tuple[int, int]]] = {}
+        self.fixed: dict[Axis, str] = {}
+        for site in program.sites:
+            self.graph.add_node(Axis(site.name, "rows"))
+            if not site.open:
+                self._fix_site(site, f"is not compiled ({site.reason or 'out of scope'})")
+            elif site.rows == 1:
+                self.fixed[Axis(site.name, "rows")] = "has one output feature"
+        for node in program.graph_module.graph.nodes:
+            self.visit(node)
+
+    def _fix_site(self, site: Site, reason: str) -> None:
+        self.fixed[Axis(site.name, "rows")] = self.fixed[Axis(site.name, "columns")] = reason
 
     def _linear(self, node: fx.Node, carried: list[fx.Node], sizes: Sizes) -> None:
         """One flow ends in the columns, another begins with the rows."""
@@ -192,10 +240,10 @@ class Features:
         self._fix([n for n in carried if n is not source], node)
         columns = Axis(site.name, "columns")
         if source in carried:
-            self._consume(columns, self._flows[source], node)  # type: ignore[index]
+            self._consume(columns, self.flows[source], node)  # type: ignore[index]
         else:
             self.fixed.setdefault(columns, f"also reads other features (node {node.name})")
-        self._flows[node] = Flow(site.name, axes.output_layout(sizes))
+        self.flows[node] = Flow(site.name, axes.output_layout(sizes))
 
     def _consume(self, columns: Axis, flow: Flow, node: fx.Node) -> None:
         self.graph.add_edge(Axis(flow.site, "rows"), columns)
@@ -206,41 +254,22 @@ class Features:
         self._confine(flow.site, form[0], node)
         self.forms.setdefault(columns.site, set()).add(form)
 
-    def _move(self, node: fx.Node, rule: Move, sizes: Sizes) -> None:
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or source not in self._flows:
-            return  # of other arguments only the dtype is used
-        flow, before = self._flows[source], _sizes(source) or ()
-        layout = rule(node, flow.layout, before, sizes)
-        if layout is None:
-            self._fix([source], node)
-        else:
-            self._flows[node] = Flow(flow.site, layout)
-
-    def _average(self, node: fx.Node, carried: list[fx.Node], position: int, sizes: Sizes) -> None:
-        """The last dimension of v passes; the leading ones stay in place, because the weights have them too."""
-        others = [*node.args[:position], *node.args[position + 1 :], *node.kwargs.values()]
-        self._fix([n for n in carried if n in others], node)
-        value = node.args[position]
-        if not isinstance(value, fx.Node) or value not in self._flows:
-            return
-        flow = self._flows[value]
-        layout = axes.weighted_sum(flow.layout, sizes)
-        if layout is None:
-            self._fix([value], node)
-        else:
-            self._carry(node, Flow(flow.site, layout), flow.layout[:-2])
-
     def _elementwise(self, node: fx.Node, carried: list[fx.Node], sizes: Sizes) -> None:
+        if not _is_elementwise(node.target):
+            self._fix(carried, node)
+            return
+        self._couple(node, carried, sizes)
+
+    def _couple(self, node: fx.Node, carried: list[fx.Node], sizes: Sizes) -> None:
         """Flows must be laid out alike; an operand without features pins the dimensions it varies along."""
-        layouts = {axes.broadcast(self._flows[n].layout, sizes) for n in carried}
+        layouts = {axes.broadcast(self.flows[n].layout, sizes) for n in carried}
         if len(layouts) > 1:
             self._fix(carried, node)
             return
         (layout,) = layouts
-        first, *rest = (Axis(self._flows[n].site, "rows") for n in carried)
+        first, *rest = (Axis(self.flows[n].site, "rows") for n in carried)
         self.graph.add_edges_from((first, other) for other in rest)
-        others = [_sizes(n) or () for n in node.all_input_nodes if n not in self._flows]
+        others = [value_sizes(n) or () for n in node.all_input_nodes if n not in self.flows]
         pinned = [
             parts
             for other in others
@@ -255,7 +284,7 @@ class Features:
             if part.stride:
                 self._confine(flow.site, part.stride, node)
         if self.block[flow.site] > 1:
-            self._flows[node] = flow
+            self.flows[node] = flow
 
     def _confine(self, site: str, block: int, node: fx.Node) -> None:
         self.block[site] = gcd(self.block[site], block)
@@ -264,7 +293,7 @@ class Features:
 
     def _fix(self, carried: Iterable[fx.Node], node: fx.Node) -> None:
         for source in carried:
-            self._fix_axis(Axis(self._flows[source].site, "rows"), node)
+            self._fix_axis(Axis(self.flows[source].site, "rows"), node)
 
     def _fix_axis(self, axis: Axis, node: fx.Node) -> None:
         where = "the model's output" if node.op == "output" else f"{node.target} (node {node.name})"

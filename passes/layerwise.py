@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import torch
 
-from mixcomp.errors import PassError
 from mixcomp.passes.descent import descend
 from mixcomp.passes.distill import Teacher, Texts
 from mixcomp.passes.stages import Values
@@ -53,10 +52,6 @@ class LayerByLayer(Pass):
     def run(self, program: Program, context: Context) -> Program:
         if not any(map(self.learns, program.open_sites())):
             return program
-        if program.norms():
-            raise PassError(
-                f"{self.name} learns beside the original's norms, and these are tuned; run it before tune-model"
-            )
         teacher, texts = Teacher.of(program), Texts.of(context)
         changed = program.with_tensors(self._layers(program, teacher, texts, context))
         ends = teacher.ends(texts.held)
@@ -67,6 +62,7 @@ class LayerByLayer(Pass):
         stages, out = teacher.stages, dict[str, torch.Tensor]()
         strengths = teacher.strengths(texts, context.generator(self.name, "labels"))
         work = self._digest(program, texts, context) if context.memory else ""
+        norms = program.norms()
         given: Values = {}
         exact: Values = {}
         for k in context.track(self.name.replace("-", " "), stages.layers):
@@ -76,9 +72,8 @@ class LayerByLayer(Pass):
             if any(one.learned() for one in tuned.values()):
                 done = context.memory.load(f"{work}-{k}") if context.memory else None
                 if done is None:
-                    batches = _Batches(
-                        teacher, k, texts, given, wanted, _importance(program, part.sites, wanted), strengths
-                    )
+                    importance = _importance(program, part.sites, wanted)
+                    batches = _Batches(teacher, k, texts, norms, given, wanted, importance, strengths)
                     self._learn(tuned, batches, context.generator(self.name, str(k)))
                     done = stored_tensors(tuned)
                     if context.memory:
@@ -86,7 +81,7 @@ class LayerByLayer(Pass):
                 out |= {key: tensor.to(context.device) for key, tensor in done.items()}
             stored = program.with_tensors(out)
             weights = {name: Settled.of(stored, program.site(name), context.device).weight() for name in part.sites}
-            given, exact = self._through(teacher, k, weights, given, texts), wanted
+            given, exact = self._through(teacher, k, norms | weights, given, texts), wanted
         return out
 
     def _digest(self, program: Program, texts: Texts, context: Context) -> str:
@@ -94,7 +89,7 @@ class LayerByLayer(Pass):
         found = sha256(f"{self.spec()} {context.seed}".encode())
         for site in program.open_sites():
             own = (program.tensor(site.name, name) for name in site.layout.tensors())
-            for tensor in (program.weight(site).detach(), *own):
+            for tensor in (program.scaled_weight(site, context.device), *own):
                 found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
         found.update(texts.learn.cpu().numpy().data)
         return f"{self.name}-{found.hexdigest()[:32]}"
@@ -113,7 +108,7 @@ class LayerByLayer(Pass):
         """What layers up to ``k`` leave to later ones, for all windows."""
         found: dict[str, list[torch.Tensor]] = {}
         for rows in torch.arange(len(texts.learn)).split(texts.batch):
-            values = _inputs(teacher, given, texts, rows)
+            values = _inputs(teacher, weights, given, texts, rows)
             values.update(teacher.stages.parts[k].run(values, weights))
             for name in teacher.stages.live(k + 1):
                 found.setdefault(name, []).append(values[name])
@@ -122,12 +117,13 @@ class LayerByLayer(Pass):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batches:
-    """Inputs and targets of layer ``k``; ``importance`` fp32[features] weighs the features of its outputs, ``strengths``
-    fp32[windows, length] the tokens of each."""
+    """Inputs and targets of layer ``k``, beside ``norms``; ``importance`` fp32[features] weighs the features of its
+    outputs, ``strengths`` fp32[windows, length] the tokens of each."""
 
     teacher: Teacher
     k: int
     texts: Texts
+    norms: Mapping[str, torch.Tensor]
     given: Values
     wanted: Values
     importance: torch.Tensor | None
@@ -139,8 +135,8 @@ class _Batches:
 
     def loss(self, tuned: Mapping[str, Quantized], rows: torch.Tensor) -> torch.Tensor:
         """Mean weighted squared error of the layer's outputs on some windows."""
-        weights = {name: one.weight() for name, one in tuned.items()}
-        values = _inputs(self.teacher, self.given, self.texts, rows)
+        weights = {**self.norms, **{name: one.weight() for name, one in tuned.items()}}
+        values = _inputs(self.teacher, self.norms, self.given, self.texts, rows)
         made = self.teacher.stages.parts[self.k].run(values, weights)
         total = torch.zeros((), device=self.texts.learn.device)
         for name in made.keys() & self.wanted.keys():
@@ -153,10 +149,13 @@ class _Batches:
 
 
 @torch.no_grad()
-def _inputs(teacher: Teacher, given: Values, texts: Texts, rows: torch.Tensor) -> Values:
-    """Everything a layer may read: the part before the layers is run again, hidden states are looked up."""
+def _inputs(
+    teacher: Teacher, weights: Mapping[str, torch.Tensor], given: Values, texts: Texts, rows: torch.Tensor
+) -> Values:
+    """Everything a layer may read: the part before the layers is run again, hidden states are looked up.  It calls no
+    site, so ``weights`` need hold no more than new norms."""
     values = {teacher.stages.tokens: texts.learn[rows]}
-    values.update(teacher.stages.parts[0].run(values, teacher.weights))
+    values.update(teacher.stages.parts[0].run(values, {**teacher.weights, **weights}))
     values.update({name: value[rows] for name, value in given.items()})
     return values
 

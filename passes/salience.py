@@ -56,7 +56,7 @@ def _price(program: Program, stacks: list[Stack], context: Context) -> dict[str,
         out.update(_spectra(program, rows, codes.chunk(len(WIDTHS))[_SPECTRUM], own[_SPECTRUM], context))
         losses = loss.view(len(WIDTHS), -1).T.contiguous()  # [rows, widths]
         for site, part in rows.split(losses):
-            gamma = program.tensor(site.name, "gamma").to(context.device)
+            gamma = program.gamma(site, context.device)
             out[f"{site.name}/salience"] = part * gamma[:, None] / 2
     return out
 
@@ -67,7 +67,7 @@ def _spectra(
     error = rows.weight - dequantize(codes, grid)
     out = {}
     for site, part in rows.split(error):
-        gamma = program.tensor(site.name, "gamma").to(context.device)
+        gamma = program.gamma(site, context.device)
         draw = context.generator(AnnotateSalience.name, site.name)
         count = most_directions(site.rows, site.columns)
         out[f"{site.name}/spectrum"] = error_spectrum(part, rows.sigma, gamma, count, draw).shares

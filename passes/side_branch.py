@@ -62,9 +62,9 @@ def _branch(program: Program, site: Site, context: Context, basis: Basis) -> dic
     fmt = replace(site.layout, rank=0)
     held = {name: program.tensor(site.name, name).to(context.device) for name in fmt.tensors()}
     stored = PackedWeight.from_tensors(fmt, held)
-    weight = program.weight(site).detach().to(context.device, torch.float32)
-    gamma = program.tensor(site.name, "gamma").to(context.device)
-    sigma = program.tensor(site.input, "sigma").to(context.device)
+    weight = program.scaled_weight(site, context.device)
+    gamma = program.gamma(site, context.device)
+    sigma = program.sigma(site.input, context.device)
     rows, columns = program.find(site.name, "row_order"), program.find(site.name, "column_order")
     if columns is not None:
         columns = columns.to(context.device)

@@ -37,8 +37,8 @@ def inputs(program: Program) -> dict[str, tuple[Site, ...]]:
 
 def stack(program: Program, name: str, sites: tuple[Site, ...], device: torch.device) -> Stack:
     """Gather the weights of ``sites`` and the second moments of their input ``name``."""
-    weight = torch.cat([program.weight(s).detach().to(device, torch.float32) for s in sites])
-    sigma = program.tensor(name, "sigma").to(device)
+    weight = torch.cat([program.scaled_weight(s, device) for s in sites])
+    sigma = program.sigma(name, device)
     order = program.find(sites[0].name, "column_order")
     if order is not None:
         order = order.to(device)

@@ -1,7 +1,7 @@
-"""The strategies by name: what runs between collect-statistics and reorder-features.
+"""The strategies by name: what runs between collect-statistics and insert-side-branch.
 
 ``joint`` prices every row at every width, ``uniform`` is its baseline; ``mixllm``, ``slim`` and ``amlq`` decide as the
-papers do.  The last pass of each is an ``Assignment``: it knows its limits before any calibration.
+papers do, on weights as they are.  The deciding pass is an ``Assignment``: it knows its limits before any calibration.
 """
 
 from __future__ import annotations
@@ -15,21 +15,39 @@ from mixcomp.passes.assign_mixes import AssignMixes
 from mixcomp.passes.decision import Assignment
 from mixcomp.passes.keep_samples import KeepSamples
 from mixcomp.passes.precision import AssignPrecision
+from mixcomp.passes.quantize import QuantizeWeights
+from mixcomp.passes.reorder import ReorderFeatures
 from mixcomp.passes.salience import AnnotateSalience
+from mixcomp.passes.scale import ScaleChannels
 from mixcomp.passes.score_features import ScoreFeatures
+from mixcomp.passes.side_branch import InsertSideBranch
 from mixcomp.protocol import Pass
 
 #: (site, width) pairs the user set
 Fixed = tuple[tuple[str, int], ...]
 
+_PRICING: tuple[Pass, ...] = (ScaleChannels(), AnnotateSalience())
+
 #: name -> (passes that measure, given the tokens of a backward pass; the pass that decides)
 STRATEGIES: dict[str, tuple[Callable[[int], tuple[Pass, ...]], Callable[[Budget, Fixed], Assignment]]] = {
-    "joint": (lambda _: (AnnotateSalience(),), AssignPrecision),
-    "uniform": (lambda _: (AnnotateSalience(),), lambda budget, fixed: AssignPrecision(budget, fixed, "uniform")),
+    "joint": (lambda _: _PRICING, AssignPrecision),
+    "uniform": (lambda _: _PRICING, lambda budget, fixed: AssignPrecision(budget, fixed, "uniform")),
     "mixllm": (lambda tokens: (ScoreFeatures(tokens=min(tokens, ScoreFeatures.tokens)),), AssignFeatures),
     "slim": (lambda _: (KeepSamples(),), AssignBlocks),
     "amlq": (lambda _: (), AssignMixes),
 }
+
+
+#: from widths to stored tensors
+QUANTIZING: tuple[Pass, ...] = (ReorderFeatures(), QuantizeWeights(), InsertSideBranch())
+#: strategy -> how channels are scaled to the groups that reordering leaves; weights of the others stay as they are
+_SCALING = {"joint": ScaleChannels(), "uniform": ScaleChannels("given")}
+
+
+def quantizing_of(strategy: str) -> tuple[Pass, ...]:
+    """The passes from widths to stored tensors of a strategy."""
+    reorder, *rest = QUANTIZING
+    return (reorder, _SCALING[strategy], *rest) if strategy in _SCALING else QUANTIZING
 
 
 def measuring_of(strategy: str, gradient_tokens: int = 65536) -> tuple[Pass, ...]:

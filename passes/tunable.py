@@ -100,7 +100,7 @@ class Tunable:
         offset, top = grid.offsets()[:, :1, None], grid.top()[:, :1, None]
         place = None
         if rounding:
-            weight = program.weight(site).detach().to(device, torch.float32)
+            weight = program.scaled_weight(site, device)
             weight = weight if columns is None else weight[:, columns]
             weight = group_columns(weight if rows is None else weight[rows])
             place = nearest_place(weight / grid.steps()[..., None] + offset, codes.float(), top)

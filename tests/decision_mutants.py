@@ -77,6 +77,17 @@ def salience_lacks_a_width(program: Program) -> Program:
     return with_tensor(program, f"{DOWN}/salience", lambda t: t[:, 1:].contiguous())
 
 
+@mutant("I10")
+def scale_of_a_channel_negative(program: Program) -> Program:
+    site = program.site(DOWN)
+    return program.with_tensors({f"{site.input}/scale": changed(torch.ones(site.columns), 3, -1.0)})
+
+
+@mutant("I10")
+def scale_of_other_rows(program: Program) -> Program:
+    return program.with_tensors({f"{UP}/row_scale": torch.ones(program.site(UP).rows + 1)})
+
+
 # I11 one allowed width per row
 
 

@@ -18,16 +18,16 @@ BATCH, LENGTH, VOCAB = 2, 5, 13
 
 
 class Model:
-    """The weights of a program in fp64, to be permuted and run."""
+    """The weights of a program in fp64 (or another dtype), to be permuted and run."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, dtype: torch.dtype = torch.float64) -> None:
         self.program = program
         module = program.graph_module
         held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self.weights = {k: v.detach().double() if v.is_floating_point() else v for k, v in held.items()}
+        self.weights = {k: v.detach().to(dtype) if v.is_floating_point() else v for k, v in held.items()}
 
     def outputs(self) -> torch.Tensor:
-        """All outputs for fixed tokens, fp64, one after another."""
+        """All outputs for fixed tokens, one after another."""
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             ids = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=draw)

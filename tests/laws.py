@@ -232,15 +232,16 @@ def assert_near(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> No
 
 
 class Meaning(fx.Interpreter):
-    """What a program computes by its tables, in fp64: stored weights where there are any, orders as decided."""
+    """What a program computes by its tables, in fp64: stored weights where there are any, orders and scales as decided,
+    new norms."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.graph_module)
-        self.program = program
+        self.program, self.norms = program, program.norms()
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr":
-            value = super().run_node(n).detach()
+            value = self.norms.get(str(n.target), super().run_node(n).detach())
             return value.double() if value.is_floating_point() else value
         if n.target is torch.ops.aten.to.dtype:
             return self.env[n.all_input_nodes[0]]
@@ -263,6 +264,9 @@ class Meaning(fx.Interpreter):
             stored = PackedWeight(site.format, **{k: self.program.tensor(site.name, k) for k in names})
             return stored.dequantize().double(), bias
         weight = self.program.weight(site).detach().double()
+        scale, row_scale = find(site.input, "scale"), find(site.name, "row_scale")
+        weight = weight if scale is None else weight * scale.double()
+        weight = weight if row_scale is None else weight / row_scale.double()[:, None]
         weight = weight if rows is None else weight[rows]
         return weight if columns is None else weight[:, columns], bias
 

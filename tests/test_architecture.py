@@ -16,8 +16,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
-#: of code: blank lines, comments and docstrings are free; 8,000 was the aim before three papers' strategies moved in
-MAX_CODE_LINES = 10_100
+#: of code: blank lines, comments and docstrings are free; 8,000 was the aim before three papers' strategies and a
+#: transform moved in
+MAX_CODE_LINES = 10_400
 
 #: folder -> package
 FOLDERS = {
@@ -55,7 +56,7 @@ BOTTOM = {
 }
 PASS_MODULES = {
     "assign_blocks", "assign_features", "assign_mixes", "follow", "keep_samples", "precision", "quantize", "reorder",
-    "salience", "score_features", "side_branch", "statistics", "tune_blocks", "tune_clipping", "tune_model",
+    "salience", "scale", "score_features", "side_branch", "statistics", "tune_blocks", "tune_clipping", "tune_model",
 }  # fmt: skip
 #: where passes are put in a row
 LISTS = {"passes", "passes.strategies"}

@@ -30,7 +30,7 @@ def test_every_stage_of_the_pipeline_ends_before_the_next_begins() -> None:
     batches = tuple(tokens(ABSORBING, length=6) for _ in range(2))
     context = Context(batches=batches, progress=lambda *step: said.append(step))
     manager.run(build(ABSORBING), [one() for one in PIPELINE], context)
-    stages = {"sensitivities", "second moments", "salience", "quantize", "side branches"}
+    stages = {"sensitivities", "second moments", "scale channels", "salience", "quantize", "side branches"}
     assert {what for what, _, _ in said} == stages
     for (what, done, total), (following, _, _) in pairwise([*said, ("end", 0, 0)]):
         assert what == following or done == total, f"{what} stopped at {done} of {total}"
