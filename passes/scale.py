@@ -34,9 +34,9 @@ class ScaleChannels(Pass):
 
     A row that costs less is given fewer bits, so where bits have a price ``sum_c log loss_c`` counts, and gamma drops out;
     at given widths ``sum_c gamma_c 4^-width_c loss_c`` does.  All factors are log-convex in log s, hence one optimum, found
-    by Adam from s = 1.  What ``assign-precision`` predicts of SmolLM2-135M
-    at 4.40 and 3.35 bits, two cores: as they are .03176, .1333; s = E[x^2]^(alpha/2) with the best alpha .02958, .1256;
-    ``sum_c gamma_c loss_c`` .02979, .1265; this .02910, .1245.
+    by Adam from s = 1.  What ``assign-precision`` predicts of SmolLM2-135M at 4.40 and 3.35 bits, two cores: as they are
+    .03176, .1333; s = E[x^2]^(alpha/2) with the best alpha .02958, .1256; ``sum_c gamma_c loss_c`` .02979, .1265; this
+    .02910, .1245.
 
     Nothing is lost: a norm's new weight w' is rounded to its dtype first, and s = w / w' then.  Groups form in stored
     order, so the pass runs again once columns are reordered; it always starts from the originals.
