@@ -53,8 +53,7 @@ EXPECTED: dict[str, set[str]] = {
     # the router reads what the experts read, and stays as it is
     "mixtral": {"input_layernorm > q_proj k_proj v_proj 64 1", "v_proj > o_proj 16 2"},
 }
-FAMILIES = (*EXPECTED, "llama-tied", "llama-bias", "qwen3", "stablelm", "cohere", "nemotron", "gpt_neox", "opt", "bloom",
-            "falcon", "glm4", "granite", "qwen3_moe", "starcoder2")  # fmt: skip
+FAMILIES = (*EXPECTED, "llama-tied", "gpt_neox", "bloom", "falcon", "glm4", "qwen3_moe")
 
 
 def text(channels: Channels) -> str:

@@ -61,7 +61,7 @@ def divergence(program: Program) -> float:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_both_passes_bring_the_model_closer(family: str) -> None:
-    start = quantized(family)
+    start = quantized(family, budget=2.6)  # much to learn: what few kept-back windows say varies by 4 %
     blocks = manager.run(start, (TuneBlocks(steps=150),), CONTEXT, level=2)
     model = manager.run(blocks, (TuneModel(steps=30),), CONTEXT, level=2)
     found = [divergence(p) for p in (start, blocks, model)]
