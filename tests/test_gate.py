@@ -163,6 +163,7 @@ def test_rivals_keep_the_widths_that_the_user_set() -> None:
     rows = all_set.mixcomp.report["gate"]
     kl = {row["strategy"]: row["kl"] for row in rows}
     assert len({kl[name] for name in STRATEGIES[2:]}) == 1, "nothing is left to decide but how channels are scaled"
+    assert [row["strategy"] for row in rows if row["kept"]] == [min(kl, key=kl.__getitem__)], "of equal ones the first"
     codes = mixcomp.compile(sharp(), Budget(4, count="payload"), calibration=TEXT, effort="balanced")
     totals: Any = codes.mixcomp.plan.totals  # type: ignore[union-attr]
     assert totals["payload_bits"] <= 4 * totals["weights"] < totals["stored_bits"]
