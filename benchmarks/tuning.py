@@ -21,7 +21,7 @@ from typing import Any
 
 from common import Results, Setting, parser
 
-from mixcomp.calibration import written
+from mixcomp.calibration import more_text
 from mixcomp.config import Budget
 from mixcomp.passes import AnnotateSalience, AssignPrecision, ScaleChannels, TuneBlocks, TuneModel
 from mixcomp.passes.distill import Texts
@@ -88,9 +88,8 @@ def main(given: list[str] | None = None) -> None:
     results = Results(arguments, "python benchmarks/tuning.py", written=arguments.written)
     setting = Setting.start(arguments)
     if arguments.written:
-        windows = Texts.of(setting.context).learn
-        own = written(setting.model, windows[:, :1], windows.shape[1], setting.context)
-        setting.context = replace(setting.context, batches=(*setting.context.batches, own))
+        own = more_text(setting.model, Texts.of(setting.context).learn, setting.context)
+        setting.context = replace(setting.context, written=(own,))
     bench = Bench(setting)
     for row in arguments.rows:
         for budget in arguments.budgets:

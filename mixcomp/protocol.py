@@ -51,7 +51,8 @@ class Context:
 
     ``batches`` are calibration tokens, int64[samples, length] each; ``device`` is where heavy work runs.  ``held`` are
     windows kept back from ``batches``: nothing is measured on them and nothing learned, they only judge.  ``memory``
-    holds finished parts of long passes, where the user wants that.
+    holds finished parts of long passes, where the user wants that.  ``written`` is text of the model's own, for passes that
+    learn by gradients.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -60,6 +61,7 @@ class Context:
     progress: Progress = silent
     held: tuple[torch.Tensor, ...] = ()
     memory: Memory | None = None
+    written: tuple[torch.Tensor, ...] = ()
 
     def track(self, what: str, items: Sequence[Item]) -> Iterator[Item]:
         """Yield ``items``, reporting before each one how many are done, and at last that all are."""

@@ -23,10 +23,12 @@ STEP_TOKENS = 16384
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Texts:
-    """Calibration windows int64[n, length] on the device: those to learn from, and those kept back."""
+    """Windows int64[n, length] on the device: those to learn from, the first ``given`` of them calibration and the others
+    the model's own, and the calibration windows kept back."""
 
     learn: torch.Tensor
     held: torch.Tensor
+    given: int
 
     @classmethod
     def of(cls, context: Context) -> Texts:
@@ -38,13 +40,26 @@ class Texts:
                 f'least 2 of one length, or effort="fast"'
             )
         held = torch.cat(context.held)
-        windows = [b for b in context.batches if b.shape[1] == held.shape[1]]
-        return cls(torch.cat(windows).to(context.device), held.to(context.device))
+        given = [b for b in context.batches if b.shape[1] == held.shape[1]]
+        learn = torch.cat((*given, *context.written))
+        return cls(learn.to(context.device), held.to(context.device), sum(map(len, given)))
 
     @property
     def batch(self) -> int:
         """Windows of one step."""
         return max(1, min(len(self.learn), STEP_TOKENS // self.learn.shape[1]))
+
+    def picks(self, steps: int, draw: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Windows of every step, int64[batch]: given ones and the model's own by turns, however many there are of each;
+        every kind in random order, all of them once before any of them again."""
+        kinds = [n for n in (self.given, len(self.learn) - self.given) if n]
+        each = -(-steps * self.batch // len(kinds))
+        streams, first = [], 0
+        for count in kinds:
+            order = [torch.randperm(count, generator=draw) for _ in range(-(-each // count))]
+            streams.append(first + torch.cat(order)[:each])
+            first += count
+        return torch.stack(streams, 1).flatten()[: steps * self.batch].view(steps, self.batch).unbind()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

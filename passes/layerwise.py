@@ -86,7 +86,7 @@ class LayerByLayer(Pass):
 
     def _digest(self, program: Program, texts: Texts, context: Context) -> str:
         """Of all that learning depends on."""
-        found = sha256(f"{self.spec()} {context.seed}".encode())
+        found = sha256(f"{self.spec()} {context.seed} {texts.given}".encode())
         for site in program.open_sites():
             own = (program.tensor(site.name, name) for name in site.layout.tensors())
             for tensor in (program.scaled_weight(site, context.device), *own):
@@ -98,7 +98,7 @@ class LayerByLayer(Pass):
         return self.tunable(program, site, device) if self.learns(site) else Settled.of(program, site, device)
 
     def _learn(self, tuned: Mapping[str, Quantized], batches: _Batches, draw: torch.Generator) -> None:
-        picks = [torch.randperm(batches.count, generator=draw)[: batches.texts.batch] for _ in range(self.steps)]
+        picks = batches.texts.picks(self.steps, draw)
         descend(tuned.values(), self.rates(), picks, lambda pick: batches.loss(tuned, pick).backward())
 
     @torch.no_grad()
@@ -128,10 +128,6 @@ class _Batches:
     wanted: Values
     importance: torch.Tensor | None
     strengths: Values
-
-    @property
-    def count(self) -> int:
-        return len(self.texts.learn)
 
     def loss(self, tuned: Mapping[str, Quantized], rows: torch.Tensor) -> torch.Tensor:
         """Mean weighted squared error of the layer's outputs on some windows."""

@@ -60,7 +60,7 @@ class TuneModel(Pass):
         before = teacher.distance(tuned, texts.held, held)
         branch = {"branch_a": self.branch_rate, "branch_b": self.branch_rate, "branch_ratio": self.ratio_rate}
         rates = {"ratio": self.ratio_rate, "group": self.group_rate, "norm": self.norm_rate, **branch}
-        picks = self._picks(texts, context.generator(self.name))
+        picks = texts.picks(self.steps, context.generator(self.name))
         ends = _stacked(teacher.ends(texts.learn))
         descend(
             tuned.values(), rates, picks,
@@ -69,16 +69,6 @@ class TuneModel(Pass):
         changed = program.with_tensors(stored_tensors(tuned))
         after = teacher.distance(changed, texts.held, held)
         return changed if after < before else program
-
-    def _picks(self, texts: Texts, draw: torch.Generator) -> list[torch.Tensor]:
-        """Windows of every step: all of them once, in random order, before any of them again."""
-        picks, order = [], torch.empty(0, dtype=torch.int64)
-        for _ in range(self.steps):
-            if len(order) < texts.batch:
-                order = torch.randperm(len(texts.learn), generator=draw)
-            picks.append(order[: texts.batch])
-            order = order[texts.batch :]
-        return picks
 
 
 def _stacked(windows: list[Values]) -> Values:

@@ -71,17 +71,17 @@ def test_efforts_add_passes_that_learn(effort: str | None, learned: list[str], m
     assert [s for s in stages if s.startswith("tune")] == learned
     assert model.mixcomp.plan.options["effort"] == effort
     found = model.mixcomp.report["calibration"]
-    assert found["written_tokens"] == (found["tokens"] - found["held_tokens"] if learned else 0)
+    assert found["written_tokens"] == (3 * (found["tokens"] - found["held_tokens"]) if learned else 0)
     assert ("writing" in stages) == bool(learned)
 
 
-def test_what_learns_reads_as_much_text_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's own, from the first tokens of the windows; nothing is measured on it."""
+def test_what_learns_reads_text_of_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times as much, from tokens of the windows; nothing is measured on it."""
     seen: dict[str, torch.Tensor] = {}
 
     class Reader(TuneBlocks):
         def run(self, program: Program, context: Context) -> Program:
-            seen["learned"] = torch.cat(context.batches)
+            seen["learned"], seen["own"] = torch.cat(context.batches), torch.cat(context.written)
             return program
 
     class Counter(CollectStatistics):
@@ -92,10 +92,11 @@ def test_what_learns_reads_as_much_text_again(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(api.TUNING, "balanced", (Reader(),))
     monkeypatch.setattr(api, "CollectStatistics", Counter)
     mixcomp.compile(tiny(), 4.4, calibration=text(), effort="balanced", strategy="uniform")
-    given, own = seen["learned"].tensor_split(2)
+    given, own = seen["learned"], seen["own"]
     assert torch.equal(given, seen["measured"])
-    assert torch.equal(own[:, 0], given[:, 0])
-    assert not torch.equal(own, given)
+    assert own.shape == (3 * len(given), given.shape[1])
+    assert torch.equal(own[::3, 0], given[:, 0])
+    assert not torch.equal(own[::3], given)
 
 
 @pytest.mark.parametrize("strategy", ["slim", "amlq"])

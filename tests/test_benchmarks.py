@@ -134,7 +134,7 @@ def test_tuning_on_written_text(tiny: Path, tmp_path: Path, load: Any, monkeypat
     module, seen = load("tuning"), []
 
     def run(self: Any, program: Any, context: Any) -> Any:
-        seen.append(sum(map(len, context.batches)))
+        seen.append([sum(map(len, windows)) for windows in (context.batches, context.written)])
         return program
 
     monkeypatch.setattr(module.TuneBlocks, "run", run)
@@ -143,7 +143,8 @@ def test_tuning_on_written_text(tiny: Path, tmp_path: Path, load: Any, monkeypat
         out = tmp_path / f"tuning{len(more)}.json"
         module.main(arguments(tiny, out, "--budgets", "4.0", "--rows", "fast", "blocks", *more))
         scores.append([row["scores"] for row in rows_of(out)])
-    assert seen[1] == 2 * seen[0]
+    given, _ = seen[0]
+    assert seen == [[given, 0], [given, 3 * given]]
     assert scores[0] == scores[1], "only what learns reads it"
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from families import build
 from mixcomp import data
-from mixcomp.calibration import Calibration, resolve, written
+from mixcomp.calibration import Calibration, more_text, resolve, written
 from mixcomp.errors import CalibrationError
 from mixcomp.protocol import Context
 
@@ -253,6 +253,19 @@ def test_windows_that_do_not_fit_together_are_written_in_turn(monkeypatch: pytes
     assert torch.equal(together, (starts + torch.arange(9)) % 50)
     monkeypatch.setattr("mixcomp.calibration.CACHE_BYTES", 1)
     assert torch.equal(written(Successor(vocabulary=50), starts, 9, context), together)
+
+
+@pytest.mark.parametrize(("length", "each"), [(8, 4), (9, 3), (3, 3), (2, 2)])
+def test_more_text_is_short_texts_end_to_end(length: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixcomp.calibration.WRITTEN_LENGTH", 4)
+    windows = 10 * torch.arange(1, 3)[:, None] + torch.arange(length)
+    found = more_text(Successor(vocabulary=50), windows, Context())
+    assert found.shape == (6, length)
+    texts = [part for row in found for part in row.split(each)]
+    firsts = [int(part[0]) for part in texts]
+    assert all(torch.equal(part, part[0] + torch.arange(len(part))) for part in texts), "one text, one token after another"
+    assert set(firsts) <= set(windows.flatten().tolist())
+    assert len(set(firsts)) >= min(len(texts), windows.numel()) // 2, "from all over the windows"
 
 
 def test_sampling_with_a_cache_equals_sampling_without() -> None:

@@ -14,7 +14,7 @@ from mixcomp.capture import capture
 from mixcomp.config import Budget
 from mixcomp.errors import CalibrationError
 from mixcomp.lowering.lower import LowerLinears
-from mixcomp.passes import CollectStatistics, InsertSideBranch, QuantizeWeights, ReorderFeatures
+from mixcomp.passes import CollectStatistics, InsertSideBranch, QuantizeWeights, ReorderFeatures, distill
 from mixcomp.passes.distill import Teacher, Texts, tunables
 from mixcomp.passes.strategies import passes_of
 from mixcomp.passes.tune_blocks import TuneBlocks
@@ -127,6 +127,27 @@ def test_windows_kept_back_are_not_learned_from() -> None:
     learn, held = Calibration((tokens(6, 0), tokens(3, 1)[:, :9]), "").split()
     mixed = Texts.of(Context(CPU, learn, held=held))
     assert mixed.learn.shape[1] == mixed.held.shape[1] == 64
+
+
+@pytest.mark.parametrize(("given", "own"), [(5, 0), (2, 9), (3, 7), (6, 1)])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_given_text_and_the_models_own_take_turns(
+    given: int, own: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, steps = Texts(tokens(given + own, 0), tokens(1, 1), given), 40
+    monkeypatch.setattr(distill, "STEP_TOKENS", batch * texts.learn.shape[1])
+    picks = texts.picks(steps, torch.Generator().manual_seed(0))
+    assert {len(pick) for pick in picks} == {min(batch, given + own)}
+    assert len(picks) == steps
+    found = torch.cat(picks)
+    kinds = [found[found < given], found[found >= given] - given]
+    if own:
+        assert abs(len(kinds[0]) - len(kinds[1])) <= 1
+        assert torch.equal(found < given, torch.arange(len(found)) % 2 == 0)
+    for kind, count in zip(kinds, (given, own), strict=True):
+        rounds = [sorted(part.tolist()) for part in kind.split(max(1, count)) if len(part) == count]
+        assert all(part == list(range(count)) for part in rounds), "every one before any again"
+        assert count < 5 or len(rounds) < 2 or kind[:count].tolist() != kind[count : 2 * count].tolist(), "another order"
 
 
 def test_one_window_is_too_little() -> None:
