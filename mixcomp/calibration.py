@@ -340,10 +340,11 @@ def written(model: Any, starts: torch.Tensor, length: int, context: Context) -> 
 
 
 def _at_once(model: Any, length: int) -> int:
-    """Samples whose keys and values fit into ``CACHE_BYTES``; as if every head had its own, where the config tells no more."""
+    """Samples whose keys and values fit into ``CACHE_BYTES``; if the config tells no more, as if every head had its own."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers, hidden = (getattr(config, name, None) or 64**2 for name in ("num_hidden_layers", "hidden_size"))
     heads, size = (getattr(config, name, None) for name in ("num_key_value_heads", "head_dim"))
-    window: int = 2 * layers * (heads * size if heads and size else hidden) * length * next(model.parameters()).element_size()
+    width = heads * size if heads and size else hidden
+    window: int = 2 * layers * width * length * next(model.parameters()).element_size()
     return max(1, CACHE_BYTES // window)

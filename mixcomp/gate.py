@@ -52,7 +52,8 @@ class Gate:
         if not context.held:
             self._enter(self.strategy, self.kept, reason="not scored: calibration is too little to keep a window back")
             return
-        teacher, held = Teacher.of(plain), torch.cat(context.held).to(context.device)
+        held = torch.cat(context.held).to(context.device)
+        teacher = Teacher.of(plain, held.shape[1])
         ends, done = teacher.ends(held), [step.spec for step in measured.history[len(plain.history) :]]
         for name in context.track("gate", (self.strategy, *rivals)):
             try:

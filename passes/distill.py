@@ -70,8 +70,9 @@ class Teacher:
     weights: Mapping[str, torch.Tensor]
 
     @classmethod
-    def of(cls, program: Program) -> Teacher:
-        return cls(split(program), {s.name: program.weight(s).detach() for s in program.open_sites()})
+    def of(cls, program: Program, length: int | None = None) -> Teacher:
+        """That of a program, for windows of one ``length`` if it is given."""
+        return cls(split(program, length=length), {s.name: program.weight(s).detach() for s in program.open_sites()})
 
     @torch.no_grad()
     def ends(self, tokens: torch.Tensor) -> list[Values]:

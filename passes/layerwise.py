@@ -52,7 +52,8 @@ class LayerByLayer(Pass):
     def run(self, program: Program, context: Context) -> Program:
         if not any(map(self.learns, program.open_sites())):
             return program
-        teacher, texts = Teacher.of(program), Texts.of(context)
+        texts = Texts.of(context)
+        teacher = Teacher.of(program, texts.learn.shape[1])
         changed = program.with_tensors(self._layers(program, teacher, texts, context))
         ends = teacher.ends(texts.held)
         before, after = (teacher.distance(p, texts.held, ends) for p in (program, changed))

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from mixcomp.errors import CalibrationError
 from mixcomp.ops import LINEAR
+from mixcomp.passes.causal import causal_attention
 from mixcomp.program import META, Program
 
 #: a module path down to the first number in it: ``model.layers.7`` of ``model.layers.7.mlp.up_proj``
@@ -81,13 +82,14 @@ class Stages:
         return tuple(sorted(made & needed))
 
 
-def split(program: Program, *, layers: bool = True) -> Stages:
+def split(program: Program, *, layers: bool = True, length: int | None = None) -> Stages:
     """Cut a program's graph where a new decoder layer begins, by the module paths that capture left on the nodes.
 
     A graph without numbered layers becomes a single layer between an empty beginning and an empty end.  Without
-    ``layers`` all of it is one part.
+    ``layers`` all of it is one part.  With ``length`` the parts are for windows of so many tokens, and attend to them
+    faster where they can; see ``causal_attention``.
     """
-    graph = program.graph_module.graph
+    graph = program.graph_module.graph if length is None else causal_attention(program.graph_module, length)
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     number, last = _numbers(nodes) if layers else (dict.fromkeys(nodes, 0), 0)
     result = next(n for n in graph.nodes if n.op == "output").args[0]

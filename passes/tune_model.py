@@ -43,14 +43,15 @@ class TuneModel(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BRANCHED})
     semantics: ClassVar[Semantics] = Semantics.LOSSY
 
-    steps: int = 300
+    steps: int = 450
     ratio_rate: float = 5e-4
     group_rate: float = 2e-2
     branch_rate: float = 1e-2
     norm_rate: float = 1e-3
 
     def run(self, program: Program, context: Context) -> Program:
-        teacher, texts = Teacher.of(program), Texts.of(context)
+        texts = Texts.of(context)
+        teacher = Teacher.of(program, texts.learn.shape[1])
         tuned = tunables(program, context.device, rounding=False)
         if not any(one.learned() for one in tuned.values()):
             return program

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
 #: of code: blank lines, comments and docstrings are free; 8,000 was the aim before three papers' strategies and a
 #: transform moved in
-MAX_CODE_LINES = 10_400
+MAX_CODE_LINES = 10_460
 
 #: folder -> package
 FOLDERS = {
