@@ -263,7 +263,9 @@ def test_more_text_is_short_texts_end_to_end(length: int, each: int, monkeypatch
     assert found.shape == (6, length)
     texts = [part for row in found for part in row.split(each)]
     firsts = [int(part[0]) for part in texts]
-    assert all(torch.equal(part, part[0] + torch.arange(len(part))) for part in texts), "one text, one token after another"
+    assert all(torch.equal(part, part[0] + torch.arange(len(part))) for part in texts), (
+        "one text, one token after another"
+    )
     assert set(firsts) <= set(windows.flatten().tolist())
     assert len(set(firsts)) >= min(len(texts), windows.numel()) // 2, "from all over the windows"
 

@@ -147,7 +147,9 @@ def test_given_text_and_the_models_own_take_turns(
     for kind, count in zip(kinds, (given, own), strict=True):
         rounds = [sorted(part.tolist()) for part in kind.split(max(1, count)) if len(part) == count]
         assert all(part == list(range(count)) for part in rounds), "every one before any again"
-        assert count < 5 or len(rounds) < 2 or kind[:count].tolist() != kind[count : 2 * count].tolist(), "another order"
+        assert count < 5 or len(rounds) < 2 or kind[:count].tolist() != kind[count : 2 * count].tolist(), (
+            "another order"
+        )
 
 
 def test_one_window_is_too_little() -> None:
