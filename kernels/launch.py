@@ -2,8 +2,8 @@
 
 Nothing here waits for the device or looks at its data.  What all calls of a format with a number of tokens share is found
 once (``_plan``), and so is the compiled kernel (``start``), because an eager call at one token should not cost the
-processor more than the device.  The first call for a format copies its tile table to the device (and the first for a
-kernel compiles it), so a CUDA graph is captured after one ordinary call, as usual.
+processor more than the device.  The first call for a format and a tile copies the tile table to the device (and the first
+for a kernel compiles it), so a CUDA graph is captured after an ordinary call of the same shape, as usual.
 
 Programs that share a tile count themselves in counters that belong to a stream.  A graph keeps those of the stream it
 was captured on: two graphs of one capture stream must not be replayed at the same time.
@@ -36,6 +36,8 @@ STREAMS, COUNTERS = 64, 4096
 #: row blocks of a program that expands a weight, and its warps: each takes a column block
 EXPAND_BLOCKS, EXPAND_WARPS = 2, 4
 UNIT = VECTOR.value
+
+Maybe = torch.Tensor | None
 
 _slots: dict[tuple[torch.device, int], torch.Tensor] = {}
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -96,21 +98,10 @@ def _plan(fmt: SiteFormat, tokens: int, element_bytes: int, device: torch.device
 
 
 def mixed_linear(
-    x2d: torch.Tensor,
-    words: torch.Tensor,
-    nibbles: torch.Tensor,
-    factors: torch.Tensor,
-    row_index: torch.Tensor | None,
-    branch_a: torch.Tensor | None,
-    branch_b: torch.Tensor | None,
-    branch_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    fmt: SiteFormat,
-    *,
-    out: torch.Tensor | None = None,
-    tile: Tile | None = None,
-    overlap: bool = False,
-) -> torch.Tensor:
+    x2d: torch.Tensor, words: torch.Tensor, nibbles: torch.Tensor, factors: torch.Tensor, row_index: Maybe,
+    branch_a: Maybe, branch_b: Maybe, branch_scale: Maybe, bias: Maybe, fmt: SiteFormat,
+    *, out: Maybe = None, tile: Tile | None = None, overlap: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """``x @ weight.T + bias`` of one site: x2d fp16|bf16|fp32[tokens, columns] -> the same type, [tokens, rows].
 
     The tensors are those of ``SiteFormat.fragments``, contiguous, on x2d's device; bias is any float type[rows] in output
@@ -134,48 +125,35 @@ def mixed_linear(
     with torch.cuda.device_of(x2d):
         projected = project(x2d, branch_b, branch_scale, fmt) if fmt.rank else None
         start(
-            mixed_linear_kernel,
-            plan.programs,
+            mixed_linear_kernel, plan.programs,
             (x2d, words, nibbles, factors, index, branch_a, projected, given_bias, out, plan.entries, partial,
              stream_counters(device)),
             (blocks(fmt.columns, BLOCK[1]), tokens, fmt.columns // UNIT if aligned else fmt.columns, fmt.rank,
              x_token // UNIT if aligned else x_token, x_column, fmt.rows, plan.token_tiles, plan.splits,
              int(row_index is not None), int(bias is not None)),
-            (plan.widths, aligned, *plan.tile, overlap),
-            plan.warps,
-            {"launch_pdl": True} if overlap else {},
+            (plan.widths, aligned, *plan.tile, overlap), plan.warps, {"launch_pdl": True} if overlap else {},
         )  # fmt: skip
     return out
 
 
-def project(
-    x: torch.Tensor, branch_b: torch.Tensor | None, branch_scale: torch.Tensor | None, fmt: SiteFormat
-) -> torch.Tensor:
+def project(x: torch.Tensor, branch_b: Maybe, branch_scale: Maybe, fmt: SiteFormat) -> torch.Tensor:
     """The side branch's inner product, fp32[tokens, rank]: ``x @ branch_b.T * branch_scale``."""
     tokens = x.shape[0]
     tile = tiles.choose_projection(tokens)
     token_tiles = blocks(tokens, tile.tokens)
     projected = torch.empty(tokens, fmt.rank, dtype=torch.float32, device=x.device)
     start(
-        project_kernel,
-        (blocks(fmt.rank, tile.ranks) * token_tiles, 1, 1),
-        (x, branch_b, branch_scale, projected),
-        (tokens, fmt.columns, fmt.rank, *x.stride(), token_tiles),
-        (tile.ranks, tile.tokens, tile.columns),
-        4,
+        project_kernel, (blocks(fmt.rank, tile.ranks) * token_tiles, 1, 1), (x, branch_b, branch_scale, projected),
+        (tokens, fmt.columns, fmt.rank, *x.stride(), token_tiles), (tile.ranks, tile.tokens, tile.columns), 4,
         {"num_stages": 1 if tile.tokens == 1 else 2},
-    )
+    )  # fmt: skip
     return projected
 
 
 def expanded(
-    words: torch.Tensor,
-    nibbles: torch.Tensor,
-    factors: torch.Tensor,
-    row_index: torch.Tensor | None,
-    fmt: SiteFormat,
+    words: torch.Tensor, nibbles: torch.Tensor, factors: torch.Tensor, row_index: Maybe, fmt: SiteFormat,
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """The weight without its side branch, ``dtype`` (fp16|bf16|fp32)[rows, columns], rows in output order.
 
     The tensors are those of ``SiteFormat.fragments``; exact in fp32, else rounded once.
@@ -186,29 +164,18 @@ def expanded(
     index = factors.view(torch.int16) if row_index is None else row_index
     with torch.cuda.device_of(words):
         start(
-            expand_kernel,
-            (entries.shape[0], blocks(across, EXPAND_WARPS), 1),
+            expand_kernel, (entries.shape[0], blocks(across, EXPAND_WARPS), 1),
             (words, nibbles, factors, index, out, entries),
             (across, fmt.columns // UNIT if aligned else fmt.columns, int(row_index is not None)),
-            (tiles.width_mask(fmt), aligned, EXPAND_BLOCKS, EXPAND_WARPS),
-            EXPAND_WARPS,
-            {},
-        )
+            (tiles.width_mask(fmt), aligned, EXPAND_BLOCKS, EXPAND_WARPS), EXPAND_WARPS, {},
+        )  # fmt: skip
     return out
 
 
 def expanded_linear(
-    x2d: torch.Tensor,
-    words: torch.Tensor,
-    nibbles: torch.Tensor,
-    factors: torch.Tensor,
-    row_index: torch.Tensor | None,
-    branch_a: torch.Tensor | None,
-    branch_b: torch.Tensor | None,
-    branch_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    fmt: SiteFormat,
-) -> torch.Tensor:
+    x2d: torch.Tensor, words: torch.Tensor, nibbles: torch.Tensor, factors: torch.Tensor, row_index: Maybe,
+    branch_a: Maybe, branch_b: Maybe, branch_scale: Maybe, bias: Maybe, fmt: SiteFormat,
+) -> torch.Tensor:  # fmt: skip
     """``mixed_linear`` for many tokens: the weight is expanded for the call and multiplied by cuBLAS.
 
     Takes and returns the same; weight and bias are rounded to x2d's type, the side branch's products twice.
@@ -227,14 +194,9 @@ def expanded_linear(
 
 
 def start(
-    kernel: Any,
-    programs: tuple[int, int, int],
-    tensors: tuple[torch.Tensor | None, ...],
-    numbers: tuple[int, ...],
-    constants: tuple[Any, ...],
-    warps: int,
-    options: dict[str, Any],
-) -> None:
+    kernel: Any, programs: tuple[int, int, int], tensors: tuple[Maybe, ...], numbers: tuple[int, ...],
+    constants: tuple[Any, ...], warps: int, options: dict[str, Any],
+) -> None:  # fmt: skip
     """Launch on the current stream of the current device, by the compiled kernel found before where that is safe.
 
     A compiled kernel depends on the tensors' types, the constants, and on which tensors start at 16 bytes and which

@@ -100,15 +100,9 @@ def assembly(wide_mask, narrow_mask, one, fused, bfloat):
 
 @triton.jit
 def affine(
-    wide,
-    narrow,
-    scale,
-    offset,
-    WIDE_MASK: tl.constexpr,
-    NARROW_MASK: tl.constexpr,
-    ONE: tl.constexpr,
-    FUSED: tl.constexpr,
-):
+    wide, narrow, scale, offset,
+    WIDE_MASK: tl.constexpr, NARROW_MASK: tl.constexpr, ONE: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
     """``assembly`` for the two floats of every word, exact: (lower, upper), of scale's type."""
     if INTERPRETED:
         x = (wide & WIDE_MASK) | (narrow & NARROW_MASK) | ONE

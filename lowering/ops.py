@@ -88,14 +88,9 @@ def may_skip_dispatcher(x: torch.Tensor) -> bool:
 
 
 def _run(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    fmt: SiteFormat,
-    codes: torch.Tensor,
-    scales: torch.Tensor | None,
-    factors: torch.Tensor,
-    *more: torch.Tensor | None,
-) -> torch.Tensor:
+    x: torch.Tensor, bias: torch.Tensor | None, fmt: SiteFormat, codes: torch.Tensor, scales: torch.Tensor | None,
+    factors: torch.Tensor, *more: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     """x[tokens, columns], at least one token."""
     path = choose_path(x.device.type, x.dtype, fmt, x.shape[0])
     if scales is not None and gpu.are_fragments(codes):
