@@ -93,7 +93,7 @@ def hosts() -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="time tiles and use the best")
-    parser.add_argument("--limit", type=float, default=120, help="seconds for the timing of the sweep")
+    parser.add_argument("--limit", type=float, default=180, help="seconds for the timing of the sweep")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
