@@ -94,7 +94,8 @@ def test_equal_formats_are_one_key_in_every_process() -> None:
     """The hash is kept, so it may hold nothing that differs between processes, as the hashes of names do."""
     fmt = SiteFormat(5, 64, (Segment(3, 4), Segment(2, 8)), scatter=True, scales=Scales.FLOAT_GROUP)
     assert {fmt: 1}[SiteFormat.from_json(fmt.to_json())] == 1
-    code = "from mixcomp.format import *; print(hash(SiteFormat(5, 64, (Segment(3, 4), Segment(2, 8)), True, 0, 32, Scales(1))))"
+    made = "SiteFormat(5, 64, (Segment(3, 4), Segment(2, 8)), True, 0, 32, Scales(1))"
+    code = f"from mixcomp.format import *; print(hash({made}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == hash(fmt)
 
