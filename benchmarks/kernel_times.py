@@ -1,10 +1,11 @@
-"""Time of the linears of a Llama-3.1-8B layer: the product's kernel and its candidate, cuBLAS and tinygemm, on one GPU.
+"""Time of the linears of a Llama-3.1-8B layer: the product's kernels, cuBLAS and tinygemm, on one GPU.
 
     python benchmarks/kernel_times.py [--sweep] [--kinds KIND ...] [--out FILE]
 
-The layer is qkv + o + gate_up + down, one launch each (``fragment_kernel.sites`` says how a launch is timed).  First
-every kernel runs on data whose results are known exactly.  ``--sweep`` times tiles of both kernels on the 4.4-bit mix and
-uses the best of each shape from there on.  ``fragment_kernel`` says what the candidate is.
+The layer is qkv + o + gate_up + down, one launch each (``kernel_sites`` says how a launch is timed).  First every kernel
+runs on data whose results are known exactly.  ``--sweep`` times tiles on the 4.4-bit mix, uses the best of each shape from
+there on, and prints them as the source of ``TABLE`` in kernels/tiles.py.  Where "expanded" overtakes "fused" is where
+``lowering.select.MAX_FUSED_TOKENS`` belongs.
 
 The file is not called kernels.py: transformers imports any module of that name that it finds beside a script.
 """
@@ -20,16 +21,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import kernel_sites as sites
+import kernel_sweep as sweep
 import torch
-from fragment_kernel import sites, sweep
-from fragment_kernel.sites import KERNELS, KINDS
+from kernel_sites import KERNELS, KINDS
+from kernel_sweep import Best
 
 #: read-only, bytes a microsecond, measured on an H100 SXM
 BANDWIDTH = 3.10e6
 Times = dict[str, float | str]
 
 
-def layer(kinds: Sequence[str], best: dict[tuple[str, int, str], Any]) -> Iterator[dict[str, Any]]:
+def layer(kinds: Sequence[str], best: Best) -> Iterator[dict[str, Any]]:
     """A row for every shape, kind and number of tokens, times in microseconds."""
     for shape, (height, columns) in sites.SHAPES.items():
         peers = {tokens: sites.library_times(height, columns, tokens) for tokens in sites.TOKENS}
@@ -39,9 +42,9 @@ def layer(kinds: Sequence[str], best: dict[tuple[str, int, str], Any]) -> Iterat
             for tokens in sites.TOKENS:
                 x = torch.randn(tokens, columns, dtype=torch.float16, device=sites.DEVICE)
                 times: Times = {}
+                tile = best.get((sweep.row_of(sweep.BUCKETS, tokens), shape))
                 for kernel in KERNELS:
-                    tuned = "product" if kernel == "product" else "fragments"
-                    times[kernel] = site.time(kernel, x, best.get((tuned, tokens, shape)))
+                    times[kernel] = site.time(kernel, x, tile)
                 floor = (bits / 8 + 2 * tokens * (height + columns)) / BANDWIDTH
                 times |= {**peers[tokens], "floor": floor}
                 told = (f"{name} {t if isinstance(t, str) else round(t, 1)}" for name, t in times.items())
@@ -72,6 +75,7 @@ def hosts() -> dict[str, float]:
     x = torch.randn(1, 4096, dtype=torch.float16, device=sites.DEVICE)
     weight = torch.randn(1024, 4096, dtype=torch.float16, device=sites.DEVICE)
     calls: dict[str, Callable[[], torch.Tensor]] = {kernel: site.calls(kernel, x)[0] for kernel in KERNELS}
+    calls["module"] = lambda: site.layer(x)
     calls["F.linear"] = lambda: torch.nn.functional.linear(x, weight)
     found = {}
     for name, call in calls.items():
@@ -88,8 +92,8 @@ def hosts() -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="time tiles of both kernels and use the best")
-    parser.add_argument("--limit", type=float, default=120, help="seconds for the timing of the sweep")
+    parser.add_argument("--sweep", action="store_true", help="time tiles and use the best")
+    parser.add_argument("--limit", type=float, default=180, help="seconds for the timing of the sweep")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
@@ -98,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("torch", torch.__version__, device, flush=True)
     sweep.check_all([*sweep.own_jobs(), *(sweep.sweep_jobs() if args.sweep else ())])
     best = sweep.sweep(args.limit) if args.sweep else {}
+    if args.sweep:
+        print(sweep.told(best))
     sweep.check_all(sweep.timed_jobs(args.kinds, best))
     print(f"[{time.time() - start:.0f} s]", flush=True)
     found = {"device": device, "best": [[*key, str(tile)] for key, tile in best.items()], "rows": []}

@@ -1,20 +1,29 @@
-"""From tensors to one launch: argument checks, the tile, the cached table, the grid.
+"""From tensors to launches: argument checks, the tile, the cached table, the grid.
 
-Nothing here waits for the device or looks at its data.  The first call for a format copies its tile tables to the
-device (and the first for a kernel compiles it), so a CUDA graph is captured after one ordinary call, as usual.
+Nothing here waits for the device or looks at its data.  What all calls of a format with a number of tokens share is found
+once (``_plan``), and so is the compiled kernel (``start``), because an eager call at one token should not cost the
+processor more than the device.  The first call for a format and a tile copies the tile table to the device (and the first
+for a kernel compiles it), so a CUDA graph is captured after an ordinary call of the same shape, as usual.
+
+Programs that share a tile count themselves in counters that belong to a stream.  A graph keeps those of the stream it
+was captured on: two graphs of one capture stream must not be replayed at the same time.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 
 from mixcomp.errors import InputError
+from mixcomp.format import BLOCK, blocks
 from mixcomp.kernels import tiles
-from mixcomp.kernels.mixed_gemm import COLUMN_UNIT, TOKEN_UNIT, mixed_linear_kernel, project_kernel
+from mixcomp.kernels.expand import expand_kernel
+from mixcomp.kernels.gemm import VECTOR, mixed_linear_kernel
+from mixcomp.kernels.side_branch import project_kernel
 
 if TYPE_CHECKING:
     from mixcomp.format import SiteFormat
@@ -22,94 +31,204 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = not isinstance(mixed_linear_kernel, triton.JITFunction)
+#: streams that have counters of their own, and tiles that each of them can count
+STREAMS, COUNTERS = 64, 4096
+#: row blocks of a program that expands a weight, and its warps: each takes a column block
+EXPAND_BLOCKS, EXPAND_WARPS = 2, 4
+UNIT = VECTOR.value
+
+Maybe = torch.Tensor | None
+
+_slots: dict[tuple[torch.device, int], torch.Tensor] = {}
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 @cache
-def tables(fmt: SiteFormat, device: torch.device) -> dict[int, torch.Tensor]:
-    """Rows of a tile -> int32[tiles, 5] on the device (``tiles.tile_table``), for every size a tile may have.
+def table(fmt: SiteFormat, rows: int, device: torch.device) -> torch.Tensor:
+    """int32[tiles, 5] on the device (``tiles.tile_table``).
 
-    Kept for the life of the process, because a captured CUDA graph reads them at every replay.
+    Kept for the life of the process, because a captured CUDA graph reads it at every replay.
     """
-    return {
-        rows: torch.tensor(tiles.tile_table(fmt, rows), dtype=torch.int32, device=device) for rows in tiles.ROW_TILES
-    }
+    return torch.tensor(tiles.tile_table(fmt, rows), dtype=torch.int32, device=device)
+
+
+@cache
+def counters(device: torch.device) -> torch.Tensor:
+    """int32[STREAMS, COUNTERS]: how many programs of a tile are done, zero between launches."""
+    return torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=device)
+
+
+def stream_counters(device: torch.device) -> torch.Tensor:
+    """The counters of the current stream: launches on one stream do not overlap, launches on two may."""
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    found = _slots.get((device, stream))
+    if found is None:
+        found = _slots[device, stream] = counters(device)[len(_slots) % STREAMS]
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """What launches of a format share that have as many tokens of one size on one device."""
+
+    entries: torch.Tensor
+    programs: tuple[int, int, int]
+    token_tiles: int
+    splits: int
+    partial: int  # sums that programs leave to each other
+    nothing: torch.Tensor  # what is handed over where there are none
+    widths: int
+    tile: tuple[int, int, int, int, int]
+    warps: int
+
+
+@lru_cache(maxsize=1 << 16)
+def _plan(fmt: SiteFormat, tokens: int, element_bytes: int, device: torch.device, given: Tile | None) -> _Plan:
+    tile = given or tiles.choose(fmt, tokens, element_bytes)
+    entries = table(fmt, tile.rows, device)
+    token_tiles = blocks(tokens, tile.tokens)
+    count = entries.shape[0] * token_tiles
+    splits = tiles.splits(tile, count, fmt) if count <= COUNTERS else 1
+    partial = count * splits * tile.rows * tile.tokens if splits > 1 else 0
+    numbers = tile.blocks, tile.along, tile.down, tile.tokens, tile.stages
+    return _Plan(
+        entries, (count * splits, 1, 1), token_tiles, splits, partial, counters(device).view(torch.float32),
+        tiles.width_mask(fmt), numbers, tile.along * tile.down,
+    )  # fmt: skip
 
 
 def mixed_linear(
-    x2d: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor | None,
-    factors: torch.Tensor,
-    row_index: torch.Tensor | None,
-    branch_a: torch.Tensor | None,
-    branch_b: torch.Tensor | None,
-    branch_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    fmt: SiteFormat,
-    *,
-    out: torch.Tensor | None = None,
-    tile: Tile | None = None,
-) -> torch.Tensor:
+    x2d: torch.Tensor, words: torch.Tensor, nibbles: torch.Tensor, factors: torch.Tensor, row_index: Maybe,
+    branch_a: Maybe, branch_b: Maybe, branch_scale: Maybe, bias: Maybe, fmt: SiteFormat,
+    *, out: Maybe = None, tile: Tile | None = None, overlap: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """``x @ weight.T + bias`` of one site: x2d fp16|bf16|fp32[tokens, columns] -> the same type, [tokens, rows].
 
-    The tensors are those of ``SiteFormat.tensors``, contiguous, on x2d's device; bias is any float type[rows] in output
-    order.  x2d may have any strides.  All segments take one launch; a side branch takes one more, before it.
-    ``out`` (contiguous) receives the result; ``tile`` overrides ``tiles.choose``.  Raises ``InputError``.
+    The tensors are those of ``SiteFormat.fragments``, contiguous, on x2d's device; bias is any float type[rows] in output
+    order.  x2d may have any strides.  All segments take one launch; a side branch takes one more, before it.  ``out``
+    (contiguous) receives the result; ``tile`` overrides ``tiles.choose``; ``overlap`` lets the launch begin before its
+    predecessor on the stream has ended.  Raises ``InputError``.
     """
-    check(x2d, codes, out, fmt)
-    tokens = x2d.shape[0]
+    check(x2d, words, out, fmt)
+    tokens, device = x2d.shape[0], x2d.device
     if out is None:
-        out = torch.empty(tokens, fmt.rows, dtype=x2d.dtype, device=x2d.device)
+        out = torch.empty(tokens, fmt.rows, dtype=x2d.dtype, device=device)
     if tokens == 0:
         return out
-    tile = tile or tiles.choose(tokens, x2d.element_size())
+    plan = _plan(fmt, tokens, x2d.element_size(), device, tile)
     x_token, x_column = x2d.stride() if tokens > 1 else (0, x2d.stride(1))
-    aligned = fmt.columns % COLUMN_UNIT.value == 0 and x_token % TOKEN_UNIT.value == 0 and x_column == 1
-    table = tables(fmt, x2d.device)[tile.rows]
-    token_tiles = -(-tokens // tile.tokens)
+    aligned = fmt.columns % UNIT == 0 and x_token % UNIT == 0 and x_column == 1 and x2d.data_ptr() % 16 == 0
+    partial = torch.empty(plan.partial, dtype=torch.float32, device=device) if plan.partial else plan.nothing
     # what a site lacks is a flag and any pointer of the usual type, not another kernel to compile
     index = factors.view(torch.int16) if row_index is None else row_index
+    given_bias = out if bias is None else bias
     with torch.cuda.device_of(x2d):
         projected = project(x2d, branch_b, branch_scale, fmt) if fmt.rank else None
-        mixed_linear_kernel[(table.shape[0] * token_tiles,)](
-            x2d, codes.view(torch.int32), scales, factors, index, branch_a, projected,
-            out if bias is None else bias, out, table,
-            tokens, fmt.columns // COLUMN_UNIT.value if aligned else fmt.columns, fmt.rank,
-            x_token // TOKEN_UNIT.value if aligned else x_token, x_column, fmt.rows, token_tiles,
-            int(row_index is not None), int(bias is not None),
-            WIDTHS=tiles.width_mask(fmt), ALIGNED=aligned, ROWS=tile.rows, TOKENS=tile.tokens, COLUMNS=tile.columns,
-            STAGES=tile.stages, num_warps=tile.warps,
+        start(
+            mixed_linear_kernel, plan.programs,
+            (x2d, words, nibbles, factors, index, branch_a, projected, given_bias, out, plan.entries, partial,
+             stream_counters(device)),
+            (blocks(fmt.columns, BLOCK[1]), tokens, fmt.columns // UNIT if aligned else fmt.columns, fmt.rank,
+             x_token // UNIT if aligned else x_token, x_column, fmt.rows, plan.token_tiles, plan.splits,
+             int(row_index is not None), int(bias is not None)),
+            (plan.widths, aligned, *plan.tile, overlap), plan.warps, {"launch_pdl": True} if overlap else {},
         )  # fmt: skip
     return out
 
 
-def project(
-    x: torch.Tensor, branch_b: torch.Tensor | None, branch_scale: torch.Tensor | None, fmt: SiteFormat
-) -> torch.Tensor:
+def project(x: torch.Tensor, branch_b: Maybe, branch_scale: Maybe, fmt: SiteFormat) -> torch.Tensor:
     """The side branch's inner product, fp32[tokens, rank]: ``x @ branch_b.T * branch_scale``."""
     tokens = x.shape[0]
     tile = tiles.choose_projection(tokens)
-    token_tiles = -(-tokens // tile.tokens)
+    token_tiles = blocks(tokens, tile.tokens)
     projected = torch.empty(tokens, fmt.rank, dtype=torch.float32, device=x.device)
-    project_kernel[(-(-fmt.rank // tile.rows) * token_tiles,)](
-        x, branch_b, branch_scale, projected, tokens, fmt.columns, fmt.rank, *x.stride(), token_tiles,
-        RANKS=tile.rows, TOKENS=tile.tokens, COLUMNS=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+    start(
+        project_kernel, (blocks(fmt.rank, tile.ranks) * token_tiles, 1, 1), (x, branch_b, branch_scale, projected),
+        (tokens, fmt.columns, fmt.rank, *x.stride(), token_tiles), (tile.ranks, tile.tokens, tile.columns), 4,
+        {"num_stages": 1 if tile.tokens == 1 else 2},
     )  # fmt: skip
     return projected
 
 
-def check(x2d: torch.Tensor, codes: torch.Tensor, out: torch.Tensor | None, fmt: SiteFormat) -> None:
-    """Refuse what the kernel would misread; the stored tensors themselves are checked where they are loaded."""
+def expanded(
+    words: torch.Tensor, nibbles: torch.Tensor, factors: torch.Tensor, row_index: Maybe, fmt: SiteFormat,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """The weight without its side branch, ``dtype`` (fp16|bf16|fp32)[rows, columns], rows in output order.
+
+    The tensors are those of ``SiteFormat.fragments``; exact in fp32, else rounded once.
+    """
+    out = torch.empty(fmt.rows, fmt.columns, dtype=dtype, device=words.device)
+    entries = table(fmt, BLOCK[0] * EXPAND_BLOCKS, words.device)
+    across, aligned = blocks(fmt.columns, BLOCK[1]), fmt.columns % UNIT == 0
+    index = factors.view(torch.int16) if row_index is None else row_index
+    with torch.cuda.device_of(words):
+        start(
+            expand_kernel, (entries.shape[0], blocks(across, EXPAND_WARPS), 1),
+            (words, nibbles, factors, index, out, entries),
+            (across, fmt.columns // UNIT if aligned else fmt.columns, int(row_index is not None)),
+            (tiles.width_mask(fmt), aligned, EXPAND_BLOCKS, EXPAND_WARPS), EXPAND_WARPS, {},
+        )  # fmt: skip
+    return out
+
+
+def expanded_linear(
+    x2d: torch.Tensor, words: torch.Tensor, nibbles: torch.Tensor, factors: torch.Tensor, row_index: Maybe,
+    branch_a: Maybe, branch_b: Maybe, branch_scale: Maybe, bias: Maybe, fmt: SiteFormat,
+) -> torch.Tensor:  # fmt: skip
+    """``mixed_linear`` for many tokens: the weight is expanded for the call and multiplied by cuBLAS.
+
+    Takes and returns the same; weight and bias are rounded to x2d's type, the side branch's products twice.
+    """
+    check(x2d, words, None, fmt)
+    weight = expanded(words, nibbles, factors, row_index, fmt, x2d.dtype)
+    bias = None if bias is None else bias.to(x2d.dtype)
+    if branch_a is None:
+        return torch.nn.functional.linear(x2d, weight, bias)
+    outer = branch_a.to(x2d.dtype)
+    if row_index is not None:
+        outer = torch.empty_like(outer).index_copy_(0, row_index.long(), outer)
+    with torch.cuda.device_of(x2d):
+        inner = project(x2d, branch_b, branch_scale, fmt).to(x2d.dtype)
+    return torch.nn.functional.linear(inner, outer, bias).addmm_(x2d, weight.t())
+
+
+def start(
+    kernel: Any, programs: tuple[int, int, int], tensors: tuple[Maybe, ...], numbers: tuple[int, ...],
+    constants: tuple[Any, ...], warps: int, options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Launch on the current stream of the current device, by the compiled kernel found before where that is safe.
+
+    A compiled kernel depends on the tensors' types, the constants, and on which tensors start at 16 bytes and which
+    numbers need 64 bits: here, all and none.
+    """
+    places, types = 0, []
+    for tensor in tensors:
+        places |= 0 if tensor is None else tensor.data_ptr()
+        types.append(None if tensor is None else tensor.dtype)
+    usual = places % 16 == 0 and max(numbers) < 2**31
+    key = id(kernel), torch.cuda.current_device() if not INTERPRETED else 0, constants, *types
+    found = _compiled.get(key) if usual else None
+    if found is not None:
+        found[programs](*tensors, *numbers, *constants)
+        return
+    found = kernel[programs](*tensors, *numbers, *constants, num_warps=warps, **options)
+    if usual and not INTERPRETED:
+        _compiled[key] = found
+
+
+def check(x2d: torch.Tensor, words: torch.Tensor, out: torch.Tensor | None, fmt: SiteFormat) -> None:
+    """Refuse what the kernels would misread; the stored tensors themselves are checked where they are loaded."""
     if x2d.dim() != 2 or x2d.shape[1] != fmt.columns or x2d.dtype not in DTYPES:
         raise InputError(
             f"x2d is {x2d.dtype}{tuple(x2d.shape)}; this site takes [tokens, {fmt.columns}] in one of {DTYPES}"
         )
-    if codes.device != x2d.device or not (x2d.is_cuda or INTERPRETED):
+    if words.device != x2d.device or not (x2d.is_cuda or INTERPRETED):
         raise InputError(
-            f"x2d is on {x2d.device} and codes on {codes.device}; the Triton kernel needs both on one CUDA device"
+            f"x2d is on {x2d.device} and codes on {words.device}; the Triton kernel needs both on one CUDA device"
         )
-    if codes.data_ptr() % 4:
-        raise InputError("codes must start at a multiple of 4 bytes, as a tensor of its own does; pass codes.clone()")
+    if words.data_ptr() % 16:
+        raise InputError("words must start at a multiple of 16 bytes, as a tensor of its own does; pass words.clone()")
     if out is not None:
         shape = (x2d.shape[0], fmt.rows)
         if tuple(out.shape) != shape or out.dtype != x2d.dtype or out.device != x2d.device or not out.is_contiguous():

@@ -1,16 +1,16 @@
-"""Which tile a launch uses and where every tile finds its bytes: pure functions, tested without a GPU.
+"""Which tile a launch uses and where every tile finds its blocks: pure functions, tested without a GPU.
 
 A *tile* is the block of stored rows and tokens one program computes.  Its rows share a width, so every segment is
-cut separately and may end in a smaller tile.
+cut separately and may end in a smaller tile.  ``benchmarks/kernel_times.py --sweep`` times tiles on a GPU and prints
+``TABLE`` anew.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING
 
-from mixcomp.format import WIDTHS
+from mixcomp.format import BLOCK, WIDTHS, blocks
 
 if TYPE_CHECKING:
     from mixcomp.format import SiteFormat
@@ -20,45 +20,75 @@ ALL_WIDTHS = sum(1 << width for width in WIDTHS)
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """``rows`` x ``tokens`` outputs per program, ``columns`` (at least 64) per step: all powers of two.
+    """What a program of ``along * down`` warps computes; all but ``programs`` and ``stages`` are powers of two.
 
-    ``tokens == 1`` multiplies and sums without tensor cores.  ``stages`` steps are in flight at a time.
+    A warp multiplies ``blocks`` row blocks by every ``along``-th column block; ``down`` warps have other rows of the same
+    columns.  ``stages`` steps are in flight at a time.  Columns are split until there are ``programs`` programs.
     """
 
-    rows: int
+    blocks: int
+    along: int
+    down: int
+    tokens: int
+    stages: int
+    programs: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a program's tile."""
+        return BLOCK[0] * self.blocks * self.down
+
+
+_FEW = Tile(blocks=2, along=4, down=1, tokens=8, stages=3, programs=264)
+_SOME = Tile(blocks=4, along=4, down=1, tokens=16, stages=3, programs=264)
+_MANY = Tile(blocks=2, along=1, down=4, tokens=32, stages=3, programs=264)
+_MOST = Tile(blocks=2, along=1, down=4, tokens=64, stages=3, programs=264)
+#: shape class (``shape_class``) -> most tokens -> tile, for activations of two bytes; the last row serves any number
+TABLE: dict[str, dict[int, Tile]] = {
+    "small": {1: _FEW, 8: _FEW, 16: _SOME, 32: _MANY, 64: _MOST},
+    "middle": {1: _FEW, 8: _FEW, 16: _SOME, 32: _MANY, 64: _MOST},
+    "large": {1: _FEW, 8: _FEW, 16: _SOME, 32: _MANY, 64: _MOST},
+    "deep": {1: _FEW, 8: _FEW, 16: _SOME, 32: _MANY, 64: _MOST},
+}
+#: exact fp32 products do not run on tensor cores; registers bound the tile
+FP32 = Tile(blocks=1, along=4, down=1, tokens=8, stages=2, programs=264)
+
+
+def shape_class(rows: int, columns: int) -> str:
+    """Which row of ``TABLE`` serves a weight: that of the swept shape whose number of tiles and steps is nearest.
+
+    Swept are, of Llama-3.1-8B, o (4096 x 4096, "small"), qkv (6144 x 4096), gate_up (28672 x 4096) and down
+    (4096 x 14336, "deep").
+    """
+    if columns >= 2 * rows:
+        return "deep"
+    return "small" if rows <= 5120 else "middle" if rows <= 12288 else "large"
+
+
+def choose(fmt: SiteFormat, tokens: int, element_bytes: int) -> Tile:
+    """The tile for ``tokens`` tokens of activations that take ``element_bytes`` bytes each."""
+    if element_bytes == 4:
+        return FP32
+    table = TABLE[shape_class(fmt.rows, fmt.columns)]
+    return next((tile for most, tile in table.items() if tokens <= most), table[max(table)])
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """``ranks`` x ``tokens`` inner products of the side branch per program, ``columns`` per step."""
+
+    ranks: int
     tokens: int
     columns: int
-    warps: int
-    stages: int
 
 
-#: most tokens -> tile, for activations of two bytes
-SMALL = {
-    1: Tile(rows=8, tokens=1, columns=1024, warps=4, stages=3),
-    16: Tile(rows=64, tokens=16, columns=128, warps=4, stages=3),
-    64: Tile(rows=64, tokens=64, columns=128, warps=4, stages=3),
-}
-LARGE = Tile(rows=128, tokens=128, columns=64, warps=8, stages=3)
-#: exact fp32 products do not run on tensor cores; registers bound the tile
-FP32 = Tile(rows=32, tokens=16, columns=64, warps=4, stages=2)
 #: up to here the side branch's inner product is one program per token and rank
 FEW = 8
-#: every number of rows a tile may have
-ROW_TILES = tuple(sorted({tile.rows for tile in (*SMALL.values(), LARGE, FP32)}))
 
 
-def choose(tokens: int, element_bytes: int) -> Tile:
-    """The tile for ``tokens`` tokens of activations that take ``element_bytes`` bytes each."""
-    if tokens > 1 and element_bytes == 4:
-        return FP32
-    return next((tile for most, tile in SMALL.items() if tokens <= most), LARGE)
-
-
-def choose_projection(tokens: int) -> Tile:
-    """The tile for the side branch's inner product; its rows are ranks."""
-    if tokens <= FEW:
-        return Tile(rows=1, tokens=1, columns=1024, warps=4, stages=1)
-    return Tile(rows=16, tokens=64, columns=64, warps=4, stages=2)
+def choose_projection(tokens: int) -> Projection:
+    """The tile for the side branch's inner product."""
+    return Projection(1, 1, 1024) if tokens <= FEW else Projection(16, 64, 64)
 
 
 def width_mask(fmt: SiteFormat) -> int:
@@ -70,19 +100,27 @@ def width_mask(fmt: SiteFormat) -> int:
     return 1 << widths.pop() if len(widths) == 1 else ALL_WIDTHS
 
 
-def tile_table(fmt: SiteFormat, rows: int) -> list[tuple[int, int, int, int, int]]:
-    """Row tiles of at most ``rows`` rows: (width, first stored row, rows held, wide plane, narrow plane).
+def splits(tile: Tile, tiles: int, fmt: SiteFormat) -> int:
+    """How many programs share the columns of each of ``tiles`` tiles."""
+    steps = -(-blocks(fmt.columns, BLOCK[1]) // tile.along)
+    each = -(-steps // max(1, min(tile.programs // tiles, steps)))
+    return -(-steps // each)
 
-    A plane is given by the *bit-row* at which the tile starts in ``codes``: one bit of every column of a row, which
-    is ``4 * groups`` bytes.  Bit-rows fit 32 bits where bytes do not, and they show the compiler how rows are aligned.
-    A width of one plane repeats it.  The widest rows come first, because they take longest.
+
+def tile_table(fmt: SiteFormat, rows: int) -> list[tuple[int, int, int, int, int]]:
+    """Row tiles of at most ``rows`` rows: (width, first stored row, rows held, first words, first row block).
+
+    Words count in ``fragments.UNIT``, so that they fit 32 bits where bytes do not.  The widest rows come first, because
+    they take longest.
     """
-    bit_row = 4 * fmt.groups
+    across = blocks(fmt.columns, BLOCK[1])
     entries = []
-    for first, group in groupby(fmt.planes(), key=lambda plane: plane.first_row):
-        planes = tuple(group)
-        width, held = sum(plane.bits for plane in planes), planes[0].rows
-        for start in range(0, held, rows):
-            wide, narrow = [plane.offset // bit_row + start * plane.bits for plane in (planes + planes)[:2]]
-            entries.append((width, first + start, min(rows, held - start), wide, narrow))
+    unit = block = 0
+    for held, segment in fmt.row_ranges():
+        for start in range(0, segment.rows, rows):
+            down = start // BLOCK[0]
+            place = unit + down * across * segment.width, block + down
+            entries.append((segment.width, held.start + start, min(rows, segment.rows - start), *place))
+        down = blocks(segment.rows, BLOCK[0])
+        unit, block = unit + down * across * segment.width, block + down
     return sorted(entries, key=lambda entry: -entry[0])

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from mixcomp.format import NAMES
+from mixcomp.lowering import gpu
 from mixcomp.lowering.ops import MIXED_LINEAR, may_skip_dispatcher, mixed_linear
+from mixcomp.lowering.select import takes_fragments
 from mixcomp.packed import PackedWeight
 
 #: integers through which floating-point buffers of the format pass casts and moves unharmed
@@ -36,7 +38,8 @@ class MixedLinear(nn.Module):
 
     Buffers are named as in ``mixcomp.format``; those the format does not have are None.  Moving the module moves them;
     casting it (``.half()``, ``.to(dtype)``) casts the bias and nothing else, because stored numbers are not to be
-    rounded again.
+    rounded again.  On a GPU whose kernels read fragments, the buffers ``codes`` and ``scales`` are fragments (``gpu``);
+    the state dict and ``packed`` show the stored bytes everywhere.
 
     Args:
         weight: the stored weight; its tensors become the buffers.
@@ -57,6 +60,18 @@ class MixedLinear(nn.Module):
         for name in NAMES:
             self.register_buffer(name, stored.get(name))
         self.register_buffer("bias", None if bias is None else bias.detach())
+        self.settle()
+
+    def settle(self) -> None:
+        """Take the form that the device of the buffers wants, if somebody put stored bytes there buffer by buffer."""
+        self._hold(takes_fragments(self.get_buffer("codes").device.type, self.fmt))
+
+    def _hold(self, fragments: bool) -> None:
+        codes, scales = self._buffers["codes"], self._buffers["scales"]
+        if codes is None or scales is None or gpu.are_fragments(codes) == fragments:
+            return
+        change = gpu.to_fragments if fragments else gpu.to_stored
+        self._buffers["codes"], self._buffers["scales"] = change(codes, scales, self.fmt)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x floating[..., in_features] -> [..., out_features] of x's dtype."""
@@ -82,8 +97,11 @@ class MixedLinear(nn.Module):
         return out
 
     def packed(self) -> PackedWeight:
-        """The stored weight; its tensors are the module's buffers, not copies."""
-        return PackedWeight.from_tensors(self.fmt, {name: self.get_buffer(name) for name in self.fmt.tensors()})
+        """The stored weight; its tensors are the module's buffers, not copies, but for fragments, which are unpacked."""
+        held = {name: self.get_buffer(name) for name in self.fmt.tensors()}
+        if gpu.are_fragments(held["codes"]):
+            held["codes"], held["scales"] = gpu.shown(held["codes"], held["scales"], self.fmt)
+        return PackedWeight.from_tensors(self.fmt, held)
 
     @property
     def weight(self) -> OriginalWeight:
@@ -116,4 +134,18 @@ class MixedLinear(nn.Module):
             for name, buffer in floats.items():
                 moved: Any = self._buffers[name]
                 self._buffers[name] = moved.view(buffer.dtype)
+        self.settle()
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if gpu.are_fragments(self.get_buffer("codes")):
+            stored = self.packed()
+            destination |= {prefix + "codes": stored.codes, prefix + "scales": stored.scales}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._hold(False)
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            self.settle()

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from mixcomp.errors import ConfigError, MixCompError
-from mixcomp.format import GROUP, from_constants
-from mixcomp.lowering import cpu, reference
+from mixcomp.format import GROUP, SiteFormat, from_constants
+from mixcomp.lowering import cpu, gpu, reference
 from mixcomp.lowering.select import Path, choose_path
 from mixcomp.packed import PackedWeight
 
@@ -27,10 +27,13 @@ _library.define(
 )
 _library.define("no_gradient(Tensor grad, SymInt[] shape) -> Tensor", tags=_TAGS)
 
-#: x[..., columns] -> [..., rows] of x's dtype; tensors as in ``mixcomp.format``, bias in output order,
+#: x[..., columns] -> [..., rows] of x's dtype; tensors as in ``mixcomp.format``, or codes and scales as fragments (which
+#: alone have kernels on a GPU), bias in output order,
 #: segments flattened to [rows, width, rows, width, ...], see ``SiteFormat.constants``; what comes after columns is
 #: given where a site is not in the default format
 MIXED_LINEAR = torch.ops.mixcomp.mixed_linear.default
+#: paths that read fragments; stored bytes on a GPU, as a graph may hold them, take the reference path
+_KERNELS = (Path.TRITON, Path.TRITON_GEMM)
 #: place of ``columns`` after ``factors``
 _COLUMNS = 6
 _NO_GRADIENT = torch.ops.mixcomp.no_gradient.default
@@ -61,13 +64,12 @@ def mixed_linear(
     flat = x.reshape(-1, columns)
     if not flat.shape[0]:
         return x.new_empty((*x.shape[:-1], fmt.rows))
-    more = zeros, offsets, group_index
-    weight = PackedWeight(fmt, codes, scales, factors, row_index, branch_a, branch_b, branch_scale, *more)
+    more = row_index, branch_a, branch_b, branch_scale, zeros, offsets, group_index
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            out = _run(flat, weight, bias)
+            out = _run(flat, bias, fmt, codes, scales, factors, *more)
     else:
-        out = _run(flat, weight, bias)
+        out = _run(flat, bias, fmt, codes, scales, factors, *more)
     return out.view(*x.shape[:-1], fmt.rows)
 
 
@@ -85,20 +87,25 @@ def may_skip_dispatcher(x: torch.Tensor) -> bool:
     )
 
 
-def _run(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def _run(
+    x: torch.Tensor, bias: torch.Tensor | None, fmt: SiteFormat, codes: torch.Tensor, scales: torch.Tensor | None,
+    factors: torch.Tensor, *more: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     """x[tokens, columns], at least one token."""
-    path = choose_path(x.device.type, x.dtype, weight.fmt, x.shape[0])
+    path = choose_path(x.device.type, x.dtype, fmt, x.shape[0])
+    if scales is not None and gpu.are_fragments(codes):
+        if path in _KERNELS:
+            from mixcomp.kernels import launch
+
+            call: Any = launch.mixed_linear if path is Path.TRITON else launch.expanded_linear
+            out: torch.Tensor = call(x, codes, scales, factors, *more[:4], bias, fmt)
+            return out
+        codes, scales = gpu.to_stored(codes, scales, fmt)
+    weight = PackedWeight(fmt, codes, scales, factors, *more)
     if path is Path.CPU_BAGS:
         return cpu.by_bags(x, cpu.table_form(weight), bias)
     if path is Path.CPU_GEMM:
         return cpu.by_gemm(x, cpu.table_form(weight), bias)
-    if path is Path.TRITON:
-        from mixcomp.kernels import launch
-
-        w = weight
-        return launch.mixed_linear(
-            x, w.codes, w.scales, w.factors, w.row_index, w.branch_a, w.branch_b, w.branch_scale, bias, w.fmt
-        )
     return reference.mixed_linear(x, weight, bias)
 
 

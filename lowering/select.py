@@ -12,6 +12,8 @@ import torch
 if TYPE_CHECKING:
     from mixcomp.format import SiteFormat
 
+#: up to this many tokens one kernel reads codes and multiplies; above, cuBLAS earns back what an expansion costs
+MAX_FUSED_TOKENS = 64
 #: up to this many tokens embedding bags beat expanding the weight (benchmarks/cpu_decode.py --tokens)
 MAX_BAG_TOKENS = 8
 #: below this many columns there are too few terms for the bags' extra rounding to vanish in the sum's own (see ``cpu``)
@@ -21,7 +23,8 @@ MIN_BAG_COLUMNS = 64
 class Path(Enum):
     """An implementation of ``mixcomp::mixed_linear``."""
 
-    TRITON = "triton"  #: ``kernels.launch``: one kernel reads the packed codes
+    TRITON = "triton"  #: ``kernels.launch.mixed_linear``: one kernel reads the codes
+    TRITON_GEMM = "triton-gemm"  #: ``kernels.launch.expanded_linear``: expand this one weight, cuBLAS, forget it
     CPU_BAGS = "cpu-bags"  #: ``cpu.by_bags``: sums per column group straight from a table of codes
     CPU_GEMM = "cpu-gemm"  #: ``cpu.by_gemm``: expand this one weight to fp32, multiply, forget it
     REFERENCE = "reference"  #: ``reference``: dequantize and multiply in plain torch, any device
@@ -38,6 +41,11 @@ def explain(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int) 
     return f"{path.value}: {reason}"
 
 
+def takes_fragments(device_type: str, fmt: SiteFormat) -> bool:
+    """Whether a site on such a device is held as fragments (``gpu``): where a kernel reads them."""
+    return choose_path(device_type, torch.float16, fmt, 1) is Path.TRITON
+
+
 def _decide(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int) -> tuple[Path, str]:
     # Whoever computes in fp64 wants the digits: every fast path sums in fp32.
     if dtype is torch.float64:
@@ -45,9 +53,7 @@ def _decide(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int) 
     if fmt.departure:
         return Path.REFERENCE, f"no fast path reads {fmt.departure}"
     if device_type == "cuda":
-        if not triton_installed():
-            return Path.REFERENCE, "triton is not installed"
-        return Path.TRITON, "packed codes are read by one kernel"
+        return _decide_on_gpu(tokens)
     if device_type != "cpu":
         return Path.REFERENCE, f"there is no kernel for {device_type}"
     if not bags_available():
@@ -58,6 +64,16 @@ def _decide(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int) 
     if fmt.columns < MIN_BAG_COLUMNS:
         return Path.CPU_GEMM, f"sums of fewer than {MIN_BAG_COLUMNS} columns need every bit of fp32"
     return Path.CPU_BAGS, "few tokens: sums straight from a table of codes"
+
+
+def _decide_on_gpu(tokens: int) -> tuple[Path, str]:
+    if not triton_installed():
+        return Path.REFERENCE, "triton is not installed"
+    if torch.version.hip:
+        return Path.REFERENCE, "the kernels hold instructions of NVIDIA's GPUs"
+    if tokens > MAX_FUSED_TOKENS:
+        return Path.TRITON_GEMM, f"more than {MAX_FUSED_TOKENS} tokens are worth an expansion of the weight"
+    return Path.TRITON, "codes are read by one kernel"
 
 
 @lru_cache(maxsize=1)

@@ -21,8 +21,8 @@ PLAIN = "not compiled: call mixcomp.compile on the model before torch.compile"
 def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
     """A program of a Dynamo graph: the same inputs in the same order, lifted parameters included.
 
-    Calls of ``mixcomp::mixed_linear`` are lowered sites, with their tensors in the table; plain linears are sites left
-    alone.  ``module`` itself is not changed.
+    Calls of ``mixcomp::mixed_linear`` are lowered sites, with their tensors in the table (not fragments, the form that a
+    GPU holds: they are not what is stored); plain linears are sites left alone.  ``module`` itself is not changed.
 
     Before::
 
@@ -105,6 +105,9 @@ def _format(linear: dict[str, Any]) -> SiteFormat:
 
 
 def _stored(site: Site, linear: dict[str, Any], given: dict[fx.Node, Any]) -> dict[str, torch.Tensor]:
-    names = site.format.tensors() if site.format else ()
-    found = {f"{site.name}/{name}": given.get(linear[name]) for name in names}
-    return {key: tensor for key, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+    wanted = site.format.tensors() if site.format else {}
+    found = {name: given.get(linear[name]) for name in wanted}
+    held = {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+    if "codes" in held and held["codes"].dtype is torch.int32:
+        del held["codes"], held["scales"]
+    return {f"{site.name}/{name}": tensor for name, tensor in held.items()}

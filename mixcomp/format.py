@@ -69,6 +69,8 @@ MAX_RANK = 256
 PLANES: Mapping[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 #: widths whose float-group has an integer zero
 ZERO_WIDTHS = (2, 3, 4, 5, 6)
+#: rows and columns of a block of codes in the form that a GPU holds (``kernels.fragments``)
+BLOCK = (16, 128)
 
 #: every tensor that a site may store, as the operator takes them
 NAMES = (
@@ -157,6 +159,8 @@ class SiteFormat:
     scales: Scales = Scales.TWO_LEVEL
     #: what the default format does not have, in words, or None; asked at every call, so it is found once
     departure: str | None = field(init=False, compare=False, repr=False)
+    #: formats are looked up at every launch, and hashing many segments takes longer than the launch
+    _hash: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1:
@@ -181,6 +185,11 @@ class SiteFormat:
                     f"order {segment.order} of profile {segment.profile}: orders count from 0 as they come"
                 )
         object.__setattr__(self, "departure", self._departure())
+        form = (self.rows, self.columns, self.segments, self.scatter, self.rank, self.group, int(self.scales))
+        object.__setattr__(self, "_hash", hash(form))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def groups(self) -> int:
@@ -270,6 +279,14 @@ class SiteFormat:
             out["branch_scale"] = (torch.float32, (self.rank,))
         return out
 
+    def fragments(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The same for a site of the default format on a GPU, which holds codes and scales as ``kernels.fragments``."""
+        down = [(blocks(s.rows, BLOCK[0]), s.width) for s in self.segments]
+        across = blocks(self.columns, BLOCK[1])
+        words = sum(count * width for count, width in down) * across * BLOCK[0] * BLOCK[1] // 32
+        scales = sum(count for count, _ in down), across, 8
+        return self.tensors() | {"codes": (torch.int32, (words,)), "scales": (torch.int32, scales)}
+
     def stored_bits(self) -> int:
         """Bits of all tensors of the site, padding included.  The one definition of what a site costs."""
         return sum(8 * dtype.itemsize * prod(shape) for dtype, shape in self.tensors().values())
@@ -346,6 +363,11 @@ def from_constants(
     except (StopIteration, RuntimeError, ValueError) as error:
         raise FormatError(f"constants {list(constants)[:20]} and scales {scales} describe no segments") from error
     return SiteFormat(sum(s.rows for s in segments), columns, tuple(segments), scatter, rank, group, kind)
+
+
+def blocks(count: int, size: int) -> int:
+    """How many blocks ``count`` rows or columns take."""
+    return -(-count // size)
 
 
 def _padded(columns: int) -> int:

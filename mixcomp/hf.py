@@ -18,6 +18,7 @@ from mixcomp import restore, skeleton
 from mixcomp.errors import ArtifactError, ConfigError
 from mixcomp.files import sha256
 from mixcomp.format import VERSION
+from mixcomp.lowering.module import MixedLinear
 from mixcomp.manifest import INDEX, METHOD
 from mixcomp.shards import content
 
@@ -94,6 +95,9 @@ class MixCompQuantizer(HfQuantizer):
             if tensor.is_meta or tensor.dtype != listed.dtype or sha256(content(tensor)) != listed.sha256:
                 raise ArtifactError(f"tensor {name!r}: transformers did not load what is stored; use mixcomp.load")
         restore.finish(model, self.folder, self.manifest)
+        for module in model.modules():
+            if isinstance(module, MixedLinear):
+                module.settle()  # transformers filled its buffers one by one
         return model
 
     def is_serializable(self) -> bool:

@@ -65,7 +65,7 @@ def load(folder: str | Path, *, device: str | torch.device | None = None) -> Pre
     config = read_json(texts[CONFIG], CONFIG)
     most = 4 * (len(manifest.tensors) + len(manifest.ties)) + 64
     model = skeleton.build(config, manifest.architecture, manifest.attention, most)
-    tensors = {key: tensor.to(place) for key, tensor in read_files(folder, manifest.files)}
+    tensors = dict(read_files(folder, manifest.files))  # moved module by module: on a GPU codes take another form
     skeleton.exchange_modules(model, modules(manifest, tensors))
     skeleton.check_names(model, [*tensors, *manifest.ties], manifest.buffers)
     skeleton.assign(model, tensors, manifest.ties)

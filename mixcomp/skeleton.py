@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mixcomp.errors import ArtifactError, MixCompError
+from mixcomp.lowering.module import MixedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -126,9 +127,9 @@ def assign(model: nn.Module, tensors: Mapping[str, torch.Tensor], ties: Mapping[
         tensor = tensors[source]
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
+        if isinstance(owner, MixedLinear):
+            continue  # made of its tensors, in whatever form it holds them
         old = getattr(owner, leaf)
-        if old is tensor:
-            continue
         if old.shape != tensor.shape:
             raise ArtifactError(
                 f"tensor {name!r:.200} is {tuple(tensor.shape)}, the model built from config.json wants "

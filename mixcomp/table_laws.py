@@ -303,7 +303,8 @@ def _operands(case: Case, site: Site, fmt: SiteFormat, given: dict[str, object])
             if source is not None:
                 yield f"{name} is given, the format has none"
         elif isinstance(source, fx.Node) and source.op == "placeholder":  # Dynamo hands buffers in as inputs
-            if (source.meta["val"].dtype, tuple(source.meta["val"].shape)) != wanted[name]:
+            forms = wanted[name], wanted[name] if fmt.departure else fmt.fragments()[name]  # as stored, as on a GPU
+            if (source.meta["val"].dtype, tuple(source.meta["val"].shape)) not in forms:
                 yield f"{name} is no {dtype_text(wanted[name][0])}{list(wanted[name][1])}"
         elif tensor is None:
             yield f"{name} does not come from the module"

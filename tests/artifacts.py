@@ -21,6 +21,7 @@ from mixcomp import artifact, records
 from mixcomp.artifact import check_folder, load, save
 from mixcomp.errors import MixCompError
 from mixcomp.format import Scales, Segment, SiteFormat
+from mixcomp.lowering import module as module_file
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.manifest import MANIFEST
 from mixcomp.packed import PackedWeight
@@ -88,6 +89,11 @@ def new(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTra
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return model_class(config_class(**{"tie_word_embeddings": False, **sizes, **options})).to(dtype).eval()
+
+
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a CPU holds fragments, as a GPU does."""
+    monkeypatch.setattr(module_file, "takes_fragments", lambda device, fmt: device == "cpu" and not fmt.departure)
 
 
 BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {

@@ -15,16 +15,20 @@ import torch
 import triton
 import triton.language as tl
 
-from kernel_cases import EDGES, Case, dyadic, exact, random_format
+from kernel_cases import EDGES, Case, dyadic, exact, operands, random_format
 from mixcomp.errors import InputError
 from mixcomp.format import WIDTHS, Segment, SiteFormat
-from mixcomp.kernels import launch, tiles
-from mixcomp.kernels.mixed_gemm import offsets
+from mixcomp.kernels import fragments, launch, tiles
+from mixcomp.kernels.side_branch import offsets
 
 CASES = 200
-ONE = tiles.SMALL[1]
-FLAT = tiles.Tile(rows=8, tokens=16, columns=64, warps=4, stages=2)
-MANY = (tiles.SMALL[16], tiles.SMALL[64], tiles.LARGE, tiles.FP32, FLAT)
+F16, F32 = torch.float16, torch.float32
+#: few programs and many: with columns whole and split
+ONE = tiles.Tile(blocks=2, along=4, down=1, tokens=8, stages=3, programs=264)
+FLAT = tiles.Tile(blocks=1, along=1, down=1, tokens=16, stages=2, programs=40)
+LARGE = tiles.Tile(blocks=2, along=1, down=4, tokens=64, stages=3, programs=1)
+TILES = (ONE, FLAT, LARGE, tiles.FP32, tiles.Tile(blocks=1, along=2, down=2, tokens=8, stages=1, programs=1000))
+MIXED = (Segment(17, 6), Segment(3, 5), Segment(1, 3), Segment(40, 2), Segment(5, 8))
 STRIDES = {
     "transposed": lambda x: x.t().contiguous().t(),
     "every third column": lambda x: torch.full((x.shape[0], 3 * x.shape[1]), torch.nan).to(x)[:, ::3].copy_(x),
@@ -51,23 +55,22 @@ def fenced(tensor: torch.Tensor | None, *, behind: bool) -> torch.Tensor | None:
 
 def run(weight, x, bias, *, behind=True, tile=None):
     """The kernel on fenced copies of everything but x, into an output full of NaN."""
-    tensors = {"row_index": None, "branch_a": None, "branch_b": None, "branch_scale": None, **weight.tensors()}
-    tensors = {name: fenced(tensor, behind=behind) for name, tensor in tensors.items()}
+    tensors = {name: fenced(tensor, behind=behind) for name, tensor in operands(weight).items()}
     out = fenced(torch.full((x.shape[0], weight.fmt.rows), torch.nan, dtype=x.dtype), behind=behind)
     result = launch.mixed_linear(x, **tensors, bias=fenced(bias, behind=behind), fmt=weight.fmt, out=out, tile=tile)
     assert result is out
+    assert not launch.counters(x.device).any(), "counters are zero between launches"
     return out
 
 
 def random_case(seed: int) -> tuple[Case, tiles.Tile]:
     rng = random.Random(seed)
     segments, rank = rng.choice((1, 1, 2, 3)), rng.choice((0, 0, 0, 1, 5, 17))
-    fmt = random_format(rng, rng.choice(EDGES), segments=segments, most_rows=20, rank=rank)
-    tokens = rng.choice((1, 1, 2, 3, 7, 15, 16, 17, 31, 33))
-    dtype = rng.choice((torch.float16, torch.float32))
+    fmt = random_format(rng, rng.choice((*EDGES, 600, 1090)), segments=segments, most_rows=20, rank=rank)
+    tokens = rng.choice((1, 1, 2, 3, 7, 8, 9, 15, 17, 33))
+    dtype = rng.choice((F16, F32))
     bias = rng.choice((None, torch.float16, torch.float32, torch.float64))
-    tile = ONE if tokens == 1 and rng.random() < 0.8 else rng.choice(MANY)
-    return Case(fmt, tokens, dtype, bias, seed), tile
+    return Case(fmt, tokens, dtype, bias, seed), rng.choice(TILES)
 
 
 @pytest.mark.parametrize("seed", range(CASES))
@@ -83,7 +86,8 @@ def test_every_weight_can_be_read_back(width):
     fmt = SiteFormat(9, 122, (Segment(9, width),))
     weight, _, _ = dyadic(Case(fmt, 1, torch.float32, None, width))
     x = torch.eye(122)
-    assert torch.equal(run(weight, x, None, tile=tiles.LARGE), weight.dequantize().t())
+    assert torch.equal(run(weight, x, None, tile=LARGE), weight.dequantize().t())
+    assert torch.equal(run(weight, x[37:38].half(), None)[0].float(), weight.dequantize()[:, 37])
     for column in (0, 1, 31, 32, 95, 96, 120, 121):
         assert torch.equal(run(weight, x[column : column + 1], None)[0], weight.dequantize()[:, column])
 
@@ -105,11 +109,47 @@ def test_activations_of_any_strides(layout, columns, tile):
     assert torch.equal(run(weight, x, bias, tile=tile), exact(weight, x, bias))
 
 
-def test_aligned_columns_and_many_steps():
-    fmt = SiteFormat(10, 2560, (Segment(4, 3), Segment(6, 4)))
-    weight, x, bias = dyadic(Case(fmt, 3, torch.float16, None, 1))
-    assert torch.equal(run(weight, x, bias, tile=MANY[0]), exact(weight, x, bias))
-    assert torch.equal(run(weight, x[:1], bias), exact(weight, x[:1], bias))
+@pytest.mark.parametrize(("columns", "tile"), [(2560, ONE), (1090, FLAT)])
+def test_programs_share_columns(columns, tile):
+    fmt = SiteFormat(20, columns, (Segment(17, 4), Segment(3, 5)), scatter=True)
+    assert tiles.splits(tile, len(tiles.tile_table(fmt, tile.rows)), fmt) > 1
+    weight, x, bias = dyadic(Case(fmt, 5, F16, F16, 1))
+    assert torch.equal(run(weight, x, bias, tile=tile), exact(weight, x, bias))
+    assert torch.equal(run(weight, x[:1], bias, tile=tile), exact(weight, x[:1], bias))
+
+
+def test_the_table_of_tiles_serves_every_number_of_tokens():
+    weight, _, bias = dyadic(Case(SiteFormat(66, 257, MIXED, scatter=True, rank=3), 1, F16, F16, 2))
+    for tokens in (1, 8, 9, 16, 17, 33, 64, 65):
+        _, x, _ = dyadic(Case(weight.fmt, tokens, F16, None, 4))
+        assert torch.equal(run(weight, x, bias), exact(weight, x, bias)), tokens
+
+
+@pytest.mark.parametrize("dtype", [F16, F32])
+@pytest.mark.parametrize("columns", [1, 122, 128, 1096])
+def test_a_weight_is_expanded_exactly(columns, dtype):
+    """Power-of-two factors: every weight is exact in both types."""
+    weight, _, _ = dyadic(Case(SiteFormat(66, columns, MIXED, scatter=columns != 122), 1, F16, None, 1))
+    tensors = {name: fenced(tensor, behind=True) for name, tensor in operands(weight).items() if "branch" not in name}
+    assert torch.equal(launch.expanded(**tensors, fmt=weight.fmt, dtype=dtype).float(), weight.dequantize())
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_many_tokens_by_a_matrix_product(rank):
+    weight, x, bias = dyadic(Case(SiteFormat(66, 130, MIXED, scatter=True, rank=rank), 70, F32, F16, 1))
+    out = launch.expanded_linear(x, **operands(weight), bias=bias, fmt=weight.fmt)
+    assert torch.equal(out, exact(weight, x, bias))
+    alone = launch.expanded_linear(x, **operands(weight), bias=None, fmt=weight.fmt)
+    assert torch.equal(alone, exact(weight, x, None))
+
+
+def test_a_wrong_order_of_the_codes_is_noticed(monkeypatch):
+    """Packing and unpacking stay inverse to each other; only the kernel can tell."""
+    weight, x, _ = dyadic(Case(SiteFormat(17, 130, (Segment(17, 5),)), 5, F16, None, 1))
+    monkeypatch.setattr(fragments, "_ORDER", (*fragments._ORDER[:7], 8, 7))
+    words, nibbles = fragments.pack(weight.unpacked(), weight.group_scales(), weight.fmt)
+    assert torch.equal(fragments.unpack(words, nibbles, weight.fmt)[0], weight.unpacked())
+    assert not torch.equal(run(weight, x, None), exact(weight, x, None))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -132,10 +172,7 @@ def test_no_tokens():
 def test_a_new_output_and_equal_bits_each_time():
     weight, _, _ = dyadic(Case(SiteFormat(9, 200, (Segment(9, 6),)), 1, torch.float32, None, 1))
     x = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
-    first, again = (
-        launch.mixed_linear(x, weight.codes, weight.scales, weight.factors, *[None] * 5, fmt=weight.fmt)
-        for _ in range(2)
-    )
+    first, again = (launch.mixed_linear(x, **operands(weight), bias=None, fmt=weight.fmt) for _ in range(2))
     assert first.data_ptr() != again.data_ptr()
     assert torch.equal(first, again)
 
@@ -160,16 +197,15 @@ def test_offsets_reach_beyond_32_bits():
         ({"x2d": torch.zeros(2, 3, 40)}, r"\[tokens, 40\]"),
         ({"x2d": torch.zeros(2, 40, dtype=torch.float64)}, "float64"),
         ({"x2d": torch.zeros(2, 40, device="meta")}, "meta"),
-        ({"codes": torch.zeros(5 * 2 * 16 + 1, dtype=torch.uint8)[1:]}, "multiple of 4"),
+        ({"words": torch.zeros(257, dtype=torch.int32)[1:]}, "multiple of 16"),
         ({"out": torch.zeros(2, 6)}, r"float32\(2, 5\)"),
         ({"out": torch.zeros(5, 2).t()}, "contiguous"),
     ],
 )
 def test_refuses_what_it_would_misread(change, says):
     weight, x, _ = dyadic(Case(SiteFormat(5, 40, (Segment(5, 4),)), 2, torch.float32, None, 1))
-    none = dict.fromkeys(("row_index", "branch_a", "branch_b", "branch_scale", "bias"))
     with pytest.raises(InputError, match=says):
-        launch.mixed_linear(**{"x2d": x, **weight.tensors(), **none, "fmt": weight.fmt, **change})
+        launch.mixed_linear(**{"x2d": x, **operands(weight), "bias": None, "fmt": weight.fmt, **change})
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mixcomp.format import WIDTHS, Segment, SiteFormat
+from mixcomp.lowering import gpu
 from mixcomp.packed import PackedWeight, pack_codes, pack_scales
 
 EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 257)
@@ -72,6 +73,13 @@ def dyadic(case: Case) -> tuple[PackedWeight, torch.Tensor, torch.Tensor | None]
     if case.bias is not None:
         bias = (torch.randint(-64, 65, (case.fmt.rows,), generator=generator) * 0.125).to(case.bias)
     return weight, x, bias
+
+
+def operands(weight: PackedWeight) -> dict[str, torch.Tensor | None]:
+    """The tensors that ``launch.mixed_linear`` takes, by name."""
+    words, nibbles = gpu.to_fragments(weight.codes, weight.scales, weight.fmt)
+    others = ("factors", "row_index", "branch_a", "branch_b", "branch_scale")
+    return {"words": words, "nibbles": nibbles, **{name: getattr(weight, name) for name in others}}
 
 
 def product(weight: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

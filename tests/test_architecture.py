@@ -16,9 +16,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
-#: of code: blank lines, comments and docstrings are free; 8,000 was the aim before three papers' strategies and a
-#: transform moved in
-MAX_CODE_LINES = 10_460
+#: of code: blank lines, comments and docstrings are free; 8,000 was the aim before three papers' strategies, a
+#: transform and the kernel that reads fragments moved in
+MAX_CODE_LINES = 10_880
 
 #: folder -> package
 FOLDERS = {

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from artifacts import BUILDERS, LLAMA, PLAN, TOKENS, compiled, content, logits, new
+from artifacts import BUILDERS, LLAMA, PLAN, TOKENS, as_on_gpu, compiled, content, logits, new
 from mixcomp import artifact, files, skeleton
 from mixcomp.artifact import check_folder, load, save
 from mixcomp.errors import ArtifactError, InputError, StorageError
@@ -185,6 +185,25 @@ def test_two_paths_to_one_layer_are_stored_once(tmp_path: Path) -> None:
     assert torch.equal(logits(after), logits(model))
     stored = [name for name in check_folder(tmp_path / "out").tensors if "mlp.up_proj.codes" in name]
     assert stored == ["model.layers.0.mlp.up_proj.codes"]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_models_that_hold_fragments_are_stored_the_same(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    wanted = logits(load(shelf / name))
+    as_on_gpu(monkeypatch)
+    model = load(shelf / name)
+    layers = [m for m in model.modules() if isinstance(m, MixedLinear) and not m.fmt.departure]
+    assert {m.codes.dtype for m in layers} == ({torch.int32} if name != "llama-forms" else set())
+    assert torch.equal(logits(model), wanted)
+    save(model, tmp_path / "out")
+    assert content(tmp_path / "out") == content(shelf / name)
+
+
+def test_two_paths_to_one_layer_of_fragments_are_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_gpu(monkeypatch)
+    test_two_paths_to_one_layer_are_stored_once(tmp_path)
 
 
 def test_building_the_skeleton_touches_no_weight() -> None:

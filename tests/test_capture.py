@@ -14,8 +14,10 @@ from families import build
 from formats import draw
 from mixcomp import verify
 from mixcomp.capture import capture, capture_dynamo
-from mixcomp.errors import CaptureError, ConfigError
+from mixcomp.errors import CaptureError, ConfigError, InvariantError
 from mixcomp.format import Scales, Segment, SiteFormat
+from mixcomp.lowering import gpu
+from mixcomp.lowering import module as module_file
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.ops import LINEAR
 from mixcomp.packed import PackedWeight, pack_codes
@@ -326,3 +328,20 @@ def test_mixed_linears_of_a_dynamo_graph_are_lowered_sites() -> None:
     assert {name: program.tensor("layers.0", name).data_ptr() for name in fmt.tensors()} == {
         name: getattr(layer, name).data_ptr() for name in fmt.tensors()
     }
+
+
+def test_fragments_of_a_dynamo_graph_pass_the_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU holds them; they are no stored bytes and stay out of the table."""
+    monkeypatch.setattr(module_file, "takes_fragments", lambda device, _: device == "cpu")
+    layer = MixedLinear(draw(torch.full((32, 1), 5, dtype=torch.uint8), 32, scatter=True, rank=2).weight)
+    assert gpu.are_fragments(layer.codes)
+    model = Net(layer)
+    (program,), out = dynamo_programs(model, ids(2, 3))
+    assert torch.equal(out, model(ids(2, 3)))
+    verify.check(program, level=2)
+    assert program.sites[0].format == layer.fmt
+    assert {key.rpartition("/")[2] for key in program.tensors} == set(layer.fmt.tensors()) - {"codes", "scales"}
+    codes = next(node for node in program.graph_module.graph.nodes if "codes" in node.name)
+    codes.meta["val"] = codes.meta["val"][:-1]
+    with pytest.raises(InvariantError, match=r"I16.*codes is no u8"):
+        verify.check(program)

@@ -12,9 +12,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from artifacts import BUILDERS, SHARD, TOKENS, content, logits, reseal
+from artifacts import BUILDERS, SHARD, TOKENS, as_on_gpu, content, logits, reseal
 from mixcomp import artifact, hf, hook
 from mixcomp.errors import ArtifactError, ConfigError
+from mixcomp.lowering.module import MixedLinear
 from mixcomp.manifest import INDEX
 
 
@@ -51,6 +52,16 @@ def test_from_pretrained_gives_the_saved_model(save: Callable[[str], Path], name
     assert after.generate(TOKENS, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (2, 10)
     artifact.save(after, folder.parent / "again")
     assert content(folder.parent / "again") == content(folder)
+
+
+def test_from_pretrained_leaves_the_form_of_the_device(
+    save: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, before = save("llama"), BUILDERS["llama"]()
+    as_on_gpu(monkeypatch)
+    after = AutoModelForCausalLM.from_pretrained(folder)
+    assert {m.codes.dtype for m in after.modules() if isinstance(m, MixedLinear)} == {torch.int32}
+    assert torch.equal(logits(after), logits(before))
 
 
 def test_save_pretrained_refuses(save: Callable[[str], Path]) -> None:

@@ -11,12 +11,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from formats import draw
 from lowering_cases import case
-from mixcomp.format import Scales
+from mixcomp.format import Scales, SiteFormat
+from mixcomp.lowering import gpu
 from mixcomp.lowering import module as module_file
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.lowering.ops import MIXED_LINEAR, may_skip_dispatcher
 
 SHAPE = [(10, 3), (13, 5), (4, 2), (6, 3)]
+
+
+def on_gpu(device_type: str, fmt: SiteFormat) -> bool:
+    """``takes_fragments`` as if a CPU were a GPU."""
+    return device_type == "cpu" and not fmt.departure
+
+
+@pytest.fixture(params=["stored", "fragments"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything here holds for both forms of codes; what computes with fragments on a CPU unpacks them."""
+    if request.param == "fragments":
+        monkeypatch.setattr(module_file, "takes_fragments", on_gpu)
+    return str(request.param)
 
 
 def module(seed: int = 0, *, rank: int = 2, scatter: bool = True, bias: bool = True) -> MixedLinear:
@@ -53,11 +67,65 @@ def test_state_has_the_names_of_the_format() -> None:
     assert not any(b.requires_grad for b in layer.buffers())
 
 
-def test_its_tensors_are_the_packed_ones() -> None:
+def test_its_tensors_are_the_packed_ones(form: str) -> None:
     made = case(SHAPE, 70, scatter=True, rank=1)
     layer = MixedLinear(made.weight)
-    assert all(t is made.weight.tensors()[name] for name, t in layer.packed().tensors().items())
+    given = made.weight.tensors()
+    changed = {"codes", "scales"} if form == "fragments" else set()
+    assert {name for name, t in layer.packed().tensors().items() if t is not given[name]} == changed
     assert layer.bias is None
+
+
+def test_it_holds_one_form_of_the_weight_and_shows_what_is_stored(form: str) -> None:
+    made = case(SHAPE, 70, scatter=True, rank=2)
+    layer = MixedLinear(made.weight)
+    assert gpu.are_fragments(layer.codes) == (form == "fragments")
+    wanted = layer.fmt.fragments() if form == "fragments" else layer.fmt.tensors()
+    assert {name: (b.dtype, tuple(b.shape)) for name, b in layer.named_buffers()} == wanted
+    shown = layer.state_dict()
+    assert list(shown) == list(layer.fmt.tensors())
+    assert all(torch.equal(shown[name], tensor) for name, tensor in made.weight.tensors().items())
+
+
+def test_a_module_at_two_paths_shows_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = module()
+    shown = nn.ModuleList((layer, layer)).state_dict(keep_vars=True)
+    assert all(shown["0." + name] is shown["1." + name] for name in layer.fmt.tensors())
+    monkeypatch.setattr(module_file, "takes_fragments", on_gpu)
+    layer.settle()
+    shown, wanted = layer.state_dict(), bytes_of(layer)
+    shown["codes"].zero_()
+    assert same(bytes_of(layer), wanted), "what was written to is not shown again"
+
+
+def test_the_form_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = module()
+    before, wanted = bytes_of(layer), layer(x())
+    for takes, dtype in ((on_gpu, torch.int32), (lambda *_: False, torch.uint8)):
+        monkeypatch.setattr(module_file, "takes_fragments", takes)
+        assert layer.to("cpu").codes.dtype == dtype
+        assert same(bytes_of(layer), before)
+        assert torch.equal(layer(x()), wanted)
+
+
+def test_what_was_filled_in_buffer_by_buffer_is_settled(form: str) -> None:
+    made, layer = case(SHAPE, 70, scatter=True, rank=2, seed=3), module(bias=False)
+    for name, tensor in made.weight.tensors().items():
+        setattr(layer, name, tensor)
+    assert torch.equal(layer(x()), MixedLinear(made.weight)(x()))
+    layer.settle()
+    assert gpu.are_fragments(layer.codes) == (form == "fragments")
+    assert torch.equal(layer(x()), MixedLinear(made.weight)(x()))
+
+
+def test_loading_does_not_write_to_what_was_shown_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_file, "takes_fragments", on_gpu)
+    layer, other = module(0), module(1)
+    shown = layer.packed().tensors()
+    before = {name: shown[name].clone() for name in ("codes", "scales")}
+    layer.load_state_dict(other.state_dict())
+    assert same({name: shown[name] for name in before}, before)
+    assert same(bytes_of(layer), bytes_of(other))
 
 
 class _Recorder(TorchDispatchMode):

@@ -13,10 +13,18 @@ from formats import Drawn, draw
 from lowering_cases import Case, case
 from mixcomp.errors import ConfigError, MixCompError
 from mixcomp.format import NAMES, Scales, Segment, SiteFormat
-from mixcomp.lowering import ops, select
+from mixcomp.lowering import gpu, ops, select
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.lowering.ops import MIXED_LINEAR
-from mixcomp.lowering.select import MAX_BAG_TOKENS, MIN_BAG_COLUMNS, Path, choose_path, explain
+from mixcomp.lowering.select import (
+    MAX_BAG_TOKENS,
+    MAX_FUSED_TOKENS,
+    MIN_BAG_COLUMNS,
+    Path,
+    choose_path,
+    explain,
+    takes_fragments,
+)
 
 MADE = case([(16, 3), (17, 5)], 70, scatter=True, rank=2, bias=True, dyadic=True)
 FORMAT = SiteFormat(8, 128, (Segment(8, 4),))
@@ -42,7 +50,8 @@ def call(made: Case, x: torch.Tensor) -> torch.Tensor:
         ("cpu", torch.float16, MAX_BAG_TOKENS + 1, Path.CPU_GEMM),
         ("cpu", torch.float64, 1, Path.REFERENCE),
         ("cuda", torch.bfloat16, 1, Path.TRITON),
-        ("cuda", torch.float32, 4096, Path.TRITON),
+        ("cuda", torch.float32, MAX_FUSED_TOKENS, Path.TRITON),
+        ("cuda", torch.float16, MAX_FUSED_TOKENS + 1, Path.TRITON_GEMM),
         ("cuda", torch.float64, 1, Path.REFERENCE),
         ("mps", torch.float16, 1, Path.REFERENCE),
     ],
@@ -51,6 +60,17 @@ def test_path(monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, 
     monkeypatch.setattr(select, "triton_installed", lambda: True)
     assert choose_path(device, dtype, FORMAT, tokens) is wanted
     assert explain(device, dtype, FORMAT, tokens).startswith(f"{wanted.value}: ")
+
+
+def test_who_takes_fragments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "triton_installed", lambda: True)
+    assert [takes_fragments(device, FORMAT) for device in ("cuda", "cpu", "meta", "mps")] == [True, False, False, False]
+    assert not takes_fragments("cuda", SiteFormat(8, 128, (Segment(8, 4),), group=64))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not takes_fragments("cuda", FORMAT)
+    assert "NVIDIA" in explain("cuda", torch.float16, FORMAT, 1)
+    monkeypatch.setattr(select, "triton_installed", lambda: False)
+    assert not takes_fragments("cuda", FORMAT)
 
 
 def test_path_without_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,17 +115,40 @@ def test_each_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(call(MADE, MADE.activations(1).double()), MADE.product(MADE.activations(1)))
 
 
-def test_triton_gets_flat_activations_and_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
+def fragments(made: Case, x: torch.Tensor) -> tuple[Any, ...]:
+    """``arguments`` as a module on a GPU gives them."""
+    _, codes, scales, *rest = arguments(made, x)
+    return x, *gpu.to_fragments(codes, scales, made.weight.fmt), *rest
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [(Path.TRITON, "mixed_linear"), (Path.TRITON_GEMM, "expanded_linear")], ids=lambda p: str(p)
+)
+def test_triton_gets_flat_activations_and_the_format(monkeypatch: pytest.MonkeyPatch, path: Path, name: str) -> None:
     launch = pytest.importorskip("mixcomp.kernels.launch")
     seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(ops, "choose_path", lambda *_: Path.TRITON)
-    monkeypatch.setattr(launch, "mixed_linear", lambda *args: seen.append(args) or args[0].new_zeros(6, 33))
+    monkeypatch.setattr(ops, "choose_path", lambda *_: path)
+    monkeypatch.setattr(launch, name, lambda *args: seen.append(args) or args[0].new_zeros(6, 33))
     x = MADE.activations(2, 3)
-    assert call(MADE, x).shape == (2, 3, 33)
-    wanted = arguments(MADE, x.view(6, 70))[:-2]
-    assert torch.equal(seen[0][0], wanted[0])
-    assert all(got is given for got, given in zip(seen[0][1:-1], wanted[1:], strict=True))
+    given = fragments(MADE, x)
+    assert MIXED_LINEAR(*given).shape == (2, 3, 33)
+    assert torch.equal(seen[0][0], x.view(6, 70))
+    assert all(got is operand for got, operand in zip(seen[0][1:-1], given[1:-2], strict=True))
     assert seen[0][-1] == MADE.weight.fmt
+    x = MADE.activations(4, dyadic=True)
+    assert torch.equal(call(MADE, x), MADE.product(x).float()), "stored bytes have no kernel on a GPU, but a result"
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("tokens", [1, MAX_BAG_TOKENS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whoever_cannot_read_fragments_unpacks_them(tokens: int, dtype: torch.dtype) -> None:
+    x = MADE.activations(tokens, dyadic=True).to(dtype)
+    assert torch.equal(MIXED_LINEAR(*fragments(MADE, x)), MADE.product(x).to(dtype))
+
+
+def test_opcheck_of_fragments() -> None:
+    torch.library.opcheck(MIXED_LINEAR, fragments(MADE, MADE.activations(2, 3)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mixcomp.errors import FormatError
-from mixcomp.format import WIDTHS, Segment, SiteFormat, runs
+from mixcomp.format import WIDTHS, Scales, Segment, SiteFormat, runs
 from mixcomp.packed import PackedWeight, check_values, levels, pack_codes, pack_scales, unpack_codes, unpack_scales
 
 segments = st.lists(st.builds(Segment, st.integers(1, 5), st.sampled_from(WIDTHS)), min_size=1, max_size=5)
@@ -85,6 +88,16 @@ def test_levels_are_odd_integers_up_to_six_bits() -> None:
     found = levels(codes, fmt)
     assert found[0, :8].tolist() == [-7, -5, -3, -1, 1, 3, 5, 7]
     assert found[1, :2].tolist() == [-128, 127]
+
+
+def test_equal_formats_are_one_key_in_every_process() -> None:
+    """The hash is kept, so it may hold nothing that differs between processes, as the hashes of names do."""
+    fmt = SiteFormat(5, 64, (Segment(3, 4), Segment(2, 8)), scatter=True, scales=Scales.FLOAT_GROUP)
+    assert {fmt: 1}[SiteFormat.from_json(fmt.to_json())] == 1
+    made = "SiteFormat(5, 64, (Segment(3, 4), Segment(2, 8)), True, 0, 32, Scales(1))"
+    code = f"from mixcomp.format import *; print(hash({made}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == hash(fmt)
 
 
 def test_runs_and_json_round_trip() -> None:

@@ -1,4 +1,4 @@
-"""Random sites on a device, timed calls of every kernel on them, and the libraries they are compared with.
+"""Random sites on a device, timed calls of the product's kernels on them, and the libraries they are compared with.
 
 A timing is the median of CUDA-graph replays; a replay walks over enough copies of the weight to leave the L2 cache three
 times.  Every kernel is compared with an fp32 product first.
@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from fragment_kernel import fragments, launch
 from mixcomp.format import Segment, SiteFormat
-from mixcomp.kernels import launch as product
+from mixcomp.kernels import launch
+from mixcomp.lowering import gpu
+from mixcomp.lowering.module import MixedLinear
 from mixcomp.packed import PackedWeight
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-TOKENS = (1, 4, 16, 64, 256)
+TOKENS = (1, 4, 16, 32, 64, 128, 256)
 #: kind -> width -> share of the rows
 KINDS = {
     "4.16 uniform": {4: 1.0},
@@ -33,11 +34,12 @@ DEVICE = "cuda"
 TRAFFIC = 160e6
 #: relative, of a whole output; fp16 outputs are rounded at 5e-4
 TOLERANCE = 1e-3
-#: name -> the kernel, called with (x, tensors by name, bias=, fmt=, tile=)
+#: name -> the call (x, tensors by name, bias=, fmt=, tile=): one kernel, the same begun before its predecessor has ended,
+#: and the weight expanded for cuBLAS
 KERNELS: dict[str, Callable[..., torch.Tensor]] = {
-    "product": product.mixed_linear,
-    "fragments": launch.mixed_linear,
+    "fused": launch.mixed_linear,
     "overlap": partial(launch.mixed_linear, overlap=True),
+    "expanded": lambda *args, tile=None, **named: launch.expanded_linear(*args, **named),
 }
 Calls = list[Callable[[], torch.Tensor]]
 Tensors = dict[str, torch.Tensor | None]
@@ -52,7 +54,7 @@ def site_format(rows: int, columns: int, kind: str) -> SiteFormat:
 
 
 class Site:
-    """A random weight, its dense form fp32[rows, columns], and copies of what each kernel reads."""
+    """A random weight, its dense form fp32[rows, columns], and copies of what kernels read."""
 
     def __init__(self, fmt: SiteFormat) -> None:
         draw = torch.Generator(DEVICE).manual_seed(0)
@@ -67,13 +69,13 @@ class Site:
         weight = PackedWeight.from_tensors(fmt, tensors)
         self.fmt = fmt
         self.dense = weight.dequantize()
-        self.copies = {kernel: copies(operands(kernel, weight)) for kernel in ("product", "fragments")}
-        self.copies["overlap"] = self.copies["fragments"]
+        self.layer = MixedLinear(weight)
+        self.copies = copies(operands(weight))
 
     def calls(self, kernel: str, x: torch.Tensor, tile: Any = None) -> Calls:
         """A call for every copy."""
         run = partial(KERNELS[kernel], x, bias=None, fmt=self.fmt, tile=tile)
-        return [partial(run, **held) for held in self.copies[kernel]]
+        return [partial(run, **held) for held in self.copies]
 
     def time(self, kernel: str, x: torch.Tensor, tile: Any = None, seconds: float = 0.03) -> float | str:
         """Microseconds a call, or what went wrong."""
@@ -89,11 +91,11 @@ class Site:
             return f"{type(problem).__name__}: {str(problem)[:100]}"
 
 
-def operands(kernel: str, weight: PackedWeight) -> Tensors:
-    """The tensors that a kernel reads, by name."""
-    if kernel != "product":
-        return fragments.operands(weight)
-    return dict.fromkeys(("row_index", "branch_a", "branch_b", "branch_scale")) | weight.tensors()
+def operands(weight: PackedWeight) -> Tensors:
+    """The tensors that kernels read, by name."""
+    words, nibbles = gpu.to_fragments(weight.codes, weight.scales, weight.fmt)
+    others = ("factors", "row_index", "branch_a", "branch_b", "branch_scale")
+    return {"words": words, "nibbles": nibbles, **{name: getattr(weight, name) for name in others}}
 
 
 def copies(tensors: Tensors) -> list[Tensors]:

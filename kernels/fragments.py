@@ -13,6 +13,8 @@ planes one after the other, each as vectors of at most four words: [vector][lane
 
 Rows are padded to 16 in every segment and columns to 128, with code 0 and group scale 1.  Group scales (minus 1) lie
 apart: one word for every block and ``lane // 4``, four bits a unit.
+
+Nothing is lost: ``unpack`` gives back what ``pack`` was given, so a GPU needs to hold no other form of a weight.
 """
 
 from __future__ import annotations
@@ -21,15 +23,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mixcomp.errors import InputError
-from mixcomp.format import GROUP, PLANES
+from mixcomp.format import BLOCK, GROUP, PLANES, blocks
 
 if TYPE_CHECKING:
     from mixcomp.format import SiteFormat
-    from mixcomp.packed import PackedWeight
 
-ROWS = 16
-COLUMNS = 128
+ROWS, COLUMNS = BLOCK
 #: words of a block for every bit of width
 UNIT = 64
 #: (row block, half, lane // 4, column block, group, k16, lane % 4, k2, k1) -> the order within a plane
@@ -37,27 +36,12 @@ _ORDER = (0, 3, 2, 6, 4, 1, 5, 7, 8)
 _GROUPS = COLUMNS // GROUP
 
 
-def blocks(count: int, size: int) -> int:
-    """How many blocks ``count`` rows or columns take."""
-    return -(-count // size)
-
-
-def operands(weight: PackedWeight) -> dict[str, torch.Tensor | None]:
-    """The tensors of a site that ``launch.mixed_linear`` takes, by name.  InputError where the format has no fragments."""
-    if weight.fmt.departure:
-        raise InputError(
-            f"fragments hold rows of one width with two-level scales; this site has {weight.fmt.departure}"
-        )
-    words, nibbles = pack(weight.unpacked(), weight.group_scales(), weight.fmt)
-    others = ("factors", "row_index", "branch_a", "branch_b", "branch_scale")
-    return {"words": words, "nibbles": nibbles, **{name: getattr(weight, name) for name in others}}
-
-
 def pack(codes: torch.Tensor, scales: torch.Tensor, fmt: SiteFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8[rows, padded columns] and group scales uint8[rows, groups] (1..16), rows in stored order.
+    """Codes uint8[rows, padded columns] and group scales uint8[rows, groups or one more] (1..16), rows in stored order.
 
     Returns:
-        words int32[sum over segments of blocks * width * 64] and scale words int32[blocks, column blocks, 8].
+        words int32[sum over segments of blocks * width * 64] and scale words int32[blocks, column blocks, 8], on the
+        same device: the shapes of ``SiteFormat.fragments``.
     """
     across = blocks(fmt.columns, COLUMNS)
     words, nibbles = [], []
@@ -76,7 +60,7 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, fmt: SiteFormat) -> tuple[to
 
 
 def unpack(words: torch.Tensor, nibbles: torch.Tensor, fmt: SiteFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of ``pack``; codes of padded columns come back as 0."""
+    """Inverse of ``pack``: codes uint8[rows, padded columns], group scales uint8[rows, groups rounded up to even]."""
     across = blocks(fmt.columns, COLUMNS)
     codes, scales = [], []
     start = first = 0
@@ -94,7 +78,7 @@ def unpack(words: torch.Tensor, nibbles: torch.Tensor, fmt: SiteFormat) -> tuple
         code = code.view(down, across, 8, 4, _GROUPS, 2, 2, 2, 2).permute(inverse)
         codes.append(code.reshape(down * ROWS, across * COLUMNS)[: segment.rows, : fmt.padded_columns])
         m = _parted(nibbles[first : first + down], 4).view(down, across, 8, _GROUPS, 2).permute(0, 4, 2, 1, 3)
-        scales.append(m.reshape(down * ROWS, across * _GROUPS)[: segment.rows, : fmt.groups] + 1)
+        scales.append(m.reshape(down * ROWS, across * _GROUPS)[: segment.rows, : fmt.groups + fmt.groups % 2] + 1)
         first += down
     return torch.cat(codes), torch.cat(scales).to(torch.uint8)
 

@@ -6,8 +6,8 @@ and ``-m * centre``.  What it leaves has 11 bits at most: exact.  At width 6 ``m
 the centre is taken off first.  bf16 holds 8 bits: every plane of at most 4 bits is an operand of its own.
 """
 
-# A jitted function is typed by Triton at launch, not by annotations.
-# mypy: disable-error-code="no-untyped-def"
+# A jitted function is typed by Triton at launch, not by annotations; its tuples grow.
+# mypy: disable-error-code="no-untyped-def, assignment, misc"
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ import os
 import triton
 import triton.language as tl
 
-from fragment_kernel import fragments
 from mixcomp.format import PLANES
-from mixcomp.kernels.mixed_gemm import wide_bits
+from mixcomp.kernels import fragments
 
 #: Triton's interpreter knows no assembly
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 COLUMNS = tl.constexpr(fragments.COLUMNS)
 UNIT = tl.constexpr(fragments.UNIT)
+
+
+@triton.constexpr_function
+def wide_bits(width):
+    """Bits of a width's first plane, the wider one where there are two."""
+    return PLANES[width][0]
 
 
 @triton.constexpr_function
@@ -95,15 +100,9 @@ def assembly(wide_mask, narrow_mask, one, fused, bfloat):
 
 @triton.jit
 def affine(
-    wide,
-    narrow,
-    scale,
-    offset,
-    WIDE_MASK: tl.constexpr,
-    NARROW_MASK: tl.constexpr,
-    ONE: tl.constexpr,
-    FUSED: tl.constexpr,
-):
+    wide, narrow, scale, offset,
+    WIDE_MASK: tl.constexpr, NARROW_MASK: tl.constexpr, ONE: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
     """``assembly`` for the two floats of every word, exact: (lower, upper), of scale's type."""
     if INTERPRETED:
         x = (wide & WIDE_MASK) | (narrow & NARROW_MASK) | ONE

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fragment_kernel.operand import COLUMNS, UNIT, group_scales, load_plane, operand, part_count, per_unit
-from mixcomp.kernels.mixed_gemm import load_x, offsets, side_sums, wide_bits
+from mixcomp.kernels.operand import COLUMNS, UNIT, group_scales, load_plane, operand, part_count, per_unit, wide_bits
+from mixcomp.kernels.side_branch import load_x, offsets, side_sums
 
 #: columns of a site and the stride of the tokens are multiples of this where the launcher says ``ALIGNED``
 VECTOR = tl.constexpr(8)
@@ -88,10 +88,9 @@ def mixed_linear_kernel(  # noqa: C901 - most branches are known when compiled
 
     x fp16|bf16|fp32[tokens, columns] of strides ``x_token, x_column``; words and nibbles: ``fragments.pack``; factors
     fp16[rows]; row_index int16|int32[rows], used where ``scatter``; bias of any float type in output order, used where
-    ``biased``; branch_a int8[rows, rank] and projected fp32[tokens, rank] (the product's
-    ``launch.project``) or None; out[tokens, rows]
-    of x's type; table int32[tiles, 5]; across: column blocks.  ``splits`` programs share the columns of a tile; where
-    that is more than one, partial fp32[programs, tile] and counters int32[tiles], zero before and after.
+    ``biased``; branch_a int8[rows, rank] and projected fp32[tokens, rank] (``project_kernel``) or None;
+    out[tokens, rows] of x's type; table int32[tiles, 5]; across: column blocks.  ``splits`` programs share the columns of
+    a tile; where that is more than one, partial fp32[programs, tile] and counters int32[tiles], zero before and after.
     WIDTHS has bit ``w`` set where width ``w`` may occur.  ALIGNED: ``columns`` and ``x_token`` count in VECTOR and x's
     columns are contiguous.  OVERLAP: the launch may begin before its predecessor on the stream has ended.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import sys
@@ -10,16 +9,17 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import kernel_sites as sites
 import torch
 
-from fragment_kernel import sites, tiles
-from fragment_kernel.tiles import Tile
 from mixcomp.format import WIDTHS, Segment, SiteFormat
-from mixcomp.kernels import tiles as stored
+from mixcomp.kernels import tiles
+from mixcomp.kernels.tiles import Tile
 
 SWEPT = "4.4 mix"
+#: row of ``tiles.TABLE`` -> the number of tokens that is timed for it
+BUCKETS = {1: 1, 8: 4, 16: 16, 32: 32, 64: 64}
 #: tokens up to which a row serves -> (blocks, along, down, tokens of the tile, stages)
 SWEEP = {
     8: [
@@ -31,21 +31,14 @@ SWEEP = {
         (2, 4, 1, 16, 2), (2, 4, 1, 16, 3), (4, 4, 1, 16, 2), (4, 4, 1, 16, 3), (2, 4, 2, 16, 2), (2, 2, 2, 16, 3),
         (2, 1, 4, 16, 3), (1, 4, 2, 16, 3), (2, 8, 1, 16, 2), (1, 2, 4, 16, 2),
     ],
-    1 << 30: [
+    64: [
         (2, 1, 4, 64, 3), (2, 1, 4, 64, 2), (1, 1, 8, 64, 2), (1, 2, 4, 64, 2), (1, 1, 4, 64, 3), (2, 1, 4, 32, 3),
         (4, 1, 4, 32, 2), (2, 2, 2, 32, 3),
     ],
 }  # fmt: skip
 #: programs to aim for: with 1, columns are never split
 PROGRAMS = (1, 264, 396, 528, 792, 1056)
-#: the same for the product's kernel: (rows, tokens, columns, warps, stages)
-STORED = {
-    1: [(8, 1, 1024, 4, 2), (8, 1, 1024, 4, 3), (8, 1, 1024, 4, 4), (8, 1, 2048, 4, 3)],
-    16: [(64, 16, 128, 4, 3), (64, 16, 256, 4, 3), (64, 16, 128, 4, 4), (32, 16, 256, 2, 3)],
-    64: [(64, 64, 128, 4, 3), (64, 64, 128, 4, 4)],
-    1 << 30: [(128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 128, 4, 3)],
-}
-Result = tuple[float, Any]
+Best = dict[tuple[int, str], Tile]
 
 
 @dataclass(frozen=True)
@@ -53,15 +46,16 @@ class Job:
     """A kernel to compile and check: ``few`` cases for what only has to be in the cache before it is timed."""
 
     kernel: str
-    tile: Any
+    tile: Tile
     widths: tuple[int, ...] = WIDTHS
     dtype: torch.dtype = torch.float16
     few: bool = False
 
 
-def serving(table: dict[int, list[Any]], tokens: int) -> list[Any]:
-    """The row of a table that serves a number of tokens."""
-    return next(row for most, row in table.items() if tokens <= most)
+def row_of(table: Iterable[int], tokens: int) -> int:
+    """The row of a table, by its most tokens, that serves a number of tokens; the last one serves any."""
+    rows = sorted(table)
+    return next((most for most in rows if tokens <= most), rows[-1])
 
 
 def check_job(job: Job) -> str:
@@ -70,8 +64,8 @@ def check_job(job: Job) -> str:
     shapes = [(200, 512, most), (130, 2176, max(1, most - 1)), (60, 4096, 1), (97, 8, min(2, most)), (700, 1024, most)]
     try:
         for seed, shape in enumerate(shapes[: 1 if job.few else None]):
-            for programs in (1, 60, 1000) if job.kernel != "product" else (None,):
-                tile = job.tile if programs is None else replace(job.tile, programs=programs)
+            for programs in (1, 60, 1000):
+                tile = replace(job.tile, programs=programs)
                 if not is_exact(replace(job, tile=tile), *shape, seed):
                     return f"WRONG on {shape}, {tile}"
     except Exception as problem:  # one tile that does not compile must not end the run
@@ -89,44 +83,39 @@ def is_exact(job: Job, rows: int, columns: int, tokens: int, seed: int) -> bool:
     parts = tuple(Segment(n, w) for n, w in zip(each, job.widths, strict=True))
     fmt = SiteFormat(rows, columns, parts, scatter=True)
     weight, x, bias = dyadic(Case(fmt, tokens, job.dtype, job.dtype, seed))
-    tensors = {n: None if t is None else t.to(sites.DEVICE) for n, t in sites.operands(job.kernel, weight).items()}
-    out = torch.full((tokens, rows), torch.nan, dtype=job.dtype, device=sites.DEVICE)
+    tensors = {n: None if t is None else t.to(sites.DEVICE) for n, t in sites.operands(weight).items()}
     moved = [t.to(sites.DEVICE) for t in (x, bias)]
-    sites.KERNELS[job.kernel](moved[0], **tensors, bias=moved[1], fmt=fmt, out=out, tile=job.tile)
-    return torch.equal(out.cpu(), exact(weight, x, bias))
+    run = sites.KERNELS[job.kernel]
+    outs = [
+        run(moved[0], **tensors, bias=moved[1], fmt=fmt, tile=job.tile) for _ in range(2)
+    ]  # anew, and as found before
+    return all(torch.equal(out.cpu(), exact(weight, x, bias)) for out in outs)
 
 
 def own_jobs() -> list[Job]:
-    """What the two kernels choose by themselves, in every type."""
-    few = [Job("product", tile, few=True) for tile in (*stored.SMALL.values(), stored.LARGE)]
+    """What the product chooses by itself, in every type."""
     halves = (torch.float16, torch.bfloat16)
-    chosen = [Job("fragments", t, dtype=d) for t in (*tiles.SMALL.values(), tiles.LARGE) for d in halves]
-    return [*few, *chosen, Job("fragments", tiles.FP32, dtype=torch.float32)]
+    chosen = {replace(tile, programs=1) for table in tiles.TABLE.values() for tile in table.values()}
+    jobs = [Job("fused", tile, dtype=dtype) for tile in chosen for dtype in halves]
+    return [*jobs, Job("fused", tiles.FP32, dtype=torch.float32)]
 
 
 def sweep_jobs() -> list[Job]:
     """Everything that ``sweep`` times."""
-    ours = [Job("fragments", Tile(*n, programs=1)) for row in SWEEP.values() for n in row]
-    return ours + [Job("product", stored.Tile(*n), few=True) for row in STORED.values() for n in row]
+    return [Job("fused", Tile(*n, programs=1)) for row in SWEEP.values() for n in row]
 
 
-def timed_jobs(kinds: Sequence[str], best: Mapping[tuple[str, int, str], Any]) -> list[Job]:
+def timed_jobs(kinds: Sequence[str], best: Mapping[tuple[int, str], Tile]) -> list[Job]:
     """What is timed on the layer: ``best``, or where that is empty the chosen tiles, for the widths of every kind."""
-    won = {(kernel, tile) for (kernel, _, _), tile in best.items()}
-    won = won or {(job.kernel, job.tile) for job in own_jobs() if job.dtype == torch.float16}
+    won = set(best.values()) or {job.tile for job in own_jobs() if job.dtype == torch.float16}
     several = any(len(sites.KINDS[kind]) > 1 for kind in kinds)
-    alone = {(*sites.KINDS[kind],) for kind in kinds if len(sites.KINDS[kind]) == 1}
-    jobs = []
-    for kernel, tile in won:
-        for name in ("product",) if kernel == "product" else ("fragments", "overlap"):
-            jobs += [Job(name, tile, widths, few=True) for widths in alone | ({WIDTHS} if several else set())]
-    return jobs
+    widths = {(*sites.KINDS[kind],) for kind in kinds if len(sites.KINDS[kind]) == 1} | ({WIDTHS} if several else set())
+    return [Job(kernel, tile, each, few=True) for tile in won for kernel in ("fused", "overlap") for each in widths]
 
 
 def check_all(jobs: Iterable[Job]) -> None:
     """Check in parallel, once for all numbers of programs; print what fails."""
-    jobs = [job if job.kernel == "product" else replace(job, tile=replace(job.tile, programs=1)) for job in jobs]
-    jobs = list(dict.fromkeys(jobs))
+    jobs = list(dict.fromkeys(replace(job, tile=replace(job.tile, programs=1)) for job in jobs))
     start = time.time()
     workers = max(1, min(14, (os.cpu_count() or 2) - 2, len(jobs)))
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8) as pool:
@@ -137,12 +126,10 @@ def check_all(jobs: Iterable[Job]) -> None:
         print("  ", job, what)
 
 
-def candidates(kernel: str, fmt: SiteFormat, tokens: int) -> list[Any]:
+def candidates(fmt: SiteFormat, tokens: int) -> list[Tile]:
     """Tiles to time; of those of one split, one."""
-    if kernel == "product":
-        return [stored.Tile(*numbers) for numbers in serving(STORED, tokens)]
     found = {}
-    for numbers in serving(SWEEP, tokens):
+    for numbers in SWEEP[row_of(SWEEP, tokens)]:
         for programs in PROGRAMS:
             tile = Tile(*numbers, programs=programs)
             count = len(tiles.tile_table(fmt, tile.rows)) * -(-tokens // tile.tokens)
@@ -150,35 +137,33 @@ def candidates(kernel: str, fmt: SiteFormat, tokens: int) -> list[Any]:
     return list(found.values())
 
 
-def sweep(limit: float) -> dict[tuple[str, int, str], Any]:
-    """(kernel, tokens, shape) -> the fastest tile; ``limit`` seconds are shared by the shapes."""
-    best: dict[tuple[str, int, str], Any] = {}
-    sums: dict[tuple[int, Tile], dict[str, float]] = {}
+def sweep(limit: float) -> Best:
+    """(row of the table, shape) -> the fastest tile; ``limit`` seconds are shared by the shapes."""
+    best: Best = {}
     for shape, (rows, columns) in sites.SHAPES.items():
         site, end = sites.Site(sites.site_format(rows, columns, SWEPT)), time.time() + limit / len(sites.SHAPES)
-        for tokens in sites.TOKENS:
+        for most, tokens in BUCKETS.items():
             x = torch.randn(tokens, columns, dtype=torch.float16, device=sites.DEVICE)
-            for kernel in ("product", "fragments"):
-                timed: list[Result] = []
-                for tile in candidates(kernel, site.fmt, tokens):
-                    took = site.time(kernel, x, tile, 0.006) if time.time() < end else "out of time"
-                    if isinstance(took, str):
-                        print("    ", tile, took)
-                        continue
+            timed: list[tuple[float, Tile]] = []
+            for tile in candidates(site.fmt, tokens):
+                took = site.time("fused", x, tile, 0.006) if time.time() < end else "out of time"
+                if isinstance(took, str):
+                    print("    ", tile, took)
+                else:
                     timed.append((took, tile))
-                    if kernel == "fragments":
-                        held = sums.setdefault((tokens, replace(tile, programs=1)), {})
-                        held[shape] = min(took, held.get(shape, math.inf))
-                timed.sort(key=lambda result: result[0])
-                print(f"{shape:8} M={tokens:<3} {kernel}", *(f"{t:.1f} {tile}" for t, tile in timed[:4]), sep="\n    ")
-                if timed:
-                    best[kernel, tokens, shape] = timed[0][1]
+            timed.sort(key=lambda result: result[0])
+            print(f"{shape:8} M={tokens:<3}", *(f"{t:.1f} {tile}" for t, tile in timed[:4]), sep="\n    ")
+            if timed:
+                best[most, shape] = timed[0][1]
         del site
-    for tokens in sites.TOKENS:
-        print(f"M={tokens}: a layer with one tile for all shapes, the best split each, us")
-        whole = [
-            (sum(t.values()), tile) for (m, tile), t in sums.items() if m == tokens and len(t) == len(sites.SHAPES)
-        ]
-        for total, tile in sorted(whole, key=lambda result: result[0])[:6]:
-            print(f"   {total:7.1f}  {tile}")
     return best
+
+
+def told(best: Best) -> str:
+    """``best`` as the source of ``tiles.TABLE``, with the tiles of today where nothing was timed."""
+    lines = ["TABLE: dict[str, dict[int, Tile]] = {"]
+    for shape, (rows, columns) in sites.SHAPES.items():
+        name = tiles.shape_class(rows, columns)
+        row = {most: best.get((most, shape), tile) for most, tile in tiles.TABLE[name].items()}
+        lines += [f'    "{name}": {{', *(f"        {most}: {tile}," for most, tile in row.items()), "    },"]
+    return "\n".join([*lines, "}"])
