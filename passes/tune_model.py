@@ -43,7 +43,7 @@ class TuneModel(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BRANCHED})
     semantics: ClassVar[Semantics] = Semantics.LOSSY
 
-    steps: int = 450
+    steps: int = 300
     ratio_rate: float = 5e-4
     group_rate: float = 2e-2
     branch_rate: float = 1e-2

@@ -32,7 +32,7 @@ def logits(program: Program, tokens: torch.Tensor, length: int | None) -> torch.
     return values[stages.logits]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "opt", "falcon", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 @torch.no_grad()
 def test_masks_of_plain_decoders_go(family: str) -> None:
     program = capture(families.build(family))
@@ -46,7 +46,7 @@ def test_masks_of_plain_decoders_go(family: str) -> None:
     torch.testing.assert_close(logits(program, TOKENS, 9), logits(program, TOKENS, None), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "bloom"])  # eager attention, position biases
+@pytest.mark.parametrize("family", ["bloom"])  # position biases
 @torch.no_grad()
 def test_what_is_more_than_causal_stays(family: str) -> None:
     program = capture(families.build(family))
