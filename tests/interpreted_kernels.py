@@ -21,7 +21,7 @@ from mixcomp.format import WIDTHS, Segment, SiteFormat
 from mixcomp.kernels import fragments, launch, tiles
 from mixcomp.kernels.side_branch import offsets
 
-CASES = 120
+CASES = 200
 F16, F32 = torch.float16, torch.float32
 #: few programs and many: with columns whole and split
 ONE = tiles.Tile(blocks=2, along=4, down=1, tokens=8, stages=3, programs=264)
