@@ -5,18 +5,18 @@
 
 Rows are made one after another and written as they come; a run that is cut off goes on with the same command, and
 ``--rows`` picks some.  The model is captured and run over the calibration text once.  Every row meets the same ceiling;
-``stored_bits_per_weight`` says how closely.  ``predicted_loss`` is the planner's, side branches not counted,
-``second_order_loss`` the same sum over the weights that were stored.  ``--rows balanced best`` take minutes a budget, all
+``stored_bits_per_weight`` says how closely.  ``predicted_loss`` is the planner's, ``second_order_loss`` the same sum over
+the weights that were stored.  ``--rows balanced best`` take minutes a budget, all
 others seconds: give them a call of their own where calls are limited.
 
-    joint                      widths per row, side branches, scaled channels, GPTQ, gamma, two-level scales in groups of
-                               32 (effort fast)
+    joint                      widths per row, scaled channels, GPTQ, gamma, two-level scales in groups of 32 (effort fast)
     channels as they are       without scale-channels
     tokens count alike         second moments not weighted by gradients
     no coordinate descent      codes and group scales as GPTQ and the search left them
     one width per site         every site is bought as a whole
-    no side branch             their bits go to rows
-    gamma: mean of site        output weights replaced by their mean over each site, in prices, spectra and branches
+    side branches              *added*: ranks up to 8 by price, their bits taken from rows
+    priced again               *added*: prices of the columns as reordered and scaled for the first plan, a second plan
+    gamma: mean of site        output weights replaced by their mean over each site
     gamma: one constant        by their mean over the model
     two-level 64, ...          other forms of scales, priced and rounded in that form
     nearest rounding           the same grids, every weight to its nearest level, priced so
@@ -47,7 +47,6 @@ from mixcomp.passes import (
     AnnotateSalience,
     AssignPrecision,
     CollectStatistics,
-    InsertSideBranch,
     QuantizeWeights,
     ReorderFeatures,
     ScaleChannels,
@@ -56,6 +55,7 @@ from mixcomp.passes import (
     TuneModel,
     refine,
 )
+from mixcomp.passes.directions import MAX_DIRECTIONS
 from mixcomp.passes.strategies import passes_of
 from mixcomp.program import Program
 
@@ -120,13 +120,12 @@ class Bench:
         return self.setting.run(self.setting.program, *measuring, deciding)
 
     def nearest(self, budget: float) -> Program:
-        """Rounding to nearest is GPTQ that knows of no correlations; branches are built with the true moments."""
+        """Rounding to nearest is GPTQ that knows of no correlations."""
         table = self.table("nearest", error_feedback=False)
         moved = self.setting.run(self.menus(budget, table), ReorderFeatures())
         sigma = {key: t for key, t in moved.tensors.items() if key.endswith("/sigma")}
         bare = moved.with_tensors({key: torch.diag(t.diagonal()) for key, t in sigma.items()})
-        rounded = self.setting.run(bare, QuantizeWeights())
-        return self.setting.run(rounded.with_tensors(sigma), InsertSideBranch())
+        return self.setting.run(bare, QuantizeWeights()).with_tensors(sigma)
 
     def alike(self, budget: float) -> Program:
         """Second moments in which every token counts once: next to none takes part in a backward pass."""
@@ -142,14 +141,15 @@ class Bench:
             self.priced["unscaled"] = self.setting.run(self.setting.program, AnnotateSalience())
         return self.joint(budget, self.priced["unscaled"])
 
+    def again(self, budget: float) -> Program:
+        moved = self.setting.run(self.joint(budget), ReorderFeatures(), ScaleChannels(), AnnotateSalience())
+        kinds = ("/salience", "/scale", "/row_scale", "/norm")
+        found = {key: t for key, t in moved.tensors.items() if key.endswith(kinds)}
+        return self.joint(budget, self.salience().with_tensors(found))
+
     def unrefined(self, budget: float) -> Program:
         with patch.object(refine, "ROUNDS", 0):
             return self.setting.quantize(self.joint(budget))
-
-    def unbranched(self, budget: float) -> Program:
-        program = self.salience()
-        spectra = {k: torch.zeros_like(t) for k, t in program.tensors.items() if k.endswith("/spectrum")}
-        return self.joint(budget, program.with_tensors(spectra))
 
     def columns(self, budget: float, *, whole: bool) -> Program:
         return assign_columns(self.setting, self.scaled, self.table("columns", by_group=True), budget, whole=whole)
@@ -183,7 +183,8 @@ def rows_of(bench: Bench) -> dict[str, Callable[[float], Program]]:
         "tokens count alike": bench.alike,
         "no coordinate descent": bench.unrefined,
         "one width per site": after(lambda b: bench.menus(b, bench.table("joint"), whole=True)),
-        "no side branch": after(bench.unbranched),
+        "side branches": after(lambda b: bench.menus(b, bench.table("branches", directions=MAX_DIRECTIONS))),
+        "priced again": after(bench.again),
         "gamma: mean of site": after(lambda b: bench.joint(b, bench.salience("site", site_means))),
         "gamma: one constant": after(lambda b: bench.joint(b, bench.salience("model", model_mean))),
         **{label: after(partial(bench.form, form)) for label, form in OTHER_FORMS.items()},

@@ -7,7 +7,7 @@ quantizing at the mix (``second_order_loss``, KL).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import product
 
 import torch
@@ -71,7 +71,7 @@ def assign_columns(
     producers of such orders are settled first, and everything else is bought anew with the consumers priced in it.
     """
     menus = column_menus(program, priced, whole=whole)
-    first = setting.run(program, AssignMenus(Budget(budget), (), menus, priced.spectra))
+    first = setting.run(program, AssignMenus(Budget(budget), (), menus))
     settled = {name for absorption in taken(analyse(program)) for name in absorption.producers}
     moved = setting.run(first, ReorderFeatures())
     names = [s.name for s in moved.open_sites() if moved.find(s.name, "column_order") is not None]
@@ -79,10 +79,9 @@ def assign_columns(
         return first
     again = price(moved, setting.context, by_group=True, names=names)
     menus = Menus({**menus, **column_menus(program, again, whole=whole, names=names)})
-    spectra: Mapping[str, torch.Tensor] = {**priced.spectra, **{name: again.spectra[name] for name in names}}
     made = Decisions.read(first).sites
     pinned = Pinned({name: made[name] for name in settled})
-    second = setting.run(program, AssignMenus(Budget(budget), (), menus, spectra, pinned))
+    second = setting.run(program, AssignMenus(Budget(budget), (), menus, pinned=pinned))
     lost = sum(_loss(menus[name][0], made[name].widths) for name in settled)
     return second.with_tensors({"budget/loss": second.tensors["budget/loss"] + lost})
 

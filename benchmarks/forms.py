@@ -5,13 +5,13 @@
 
 Every row buys widths for single rows at one price, as ``joint`` does, and may besides choose, site by site at that price:
 
-    joint             nothing (two-level scales in groups of 32, side branches of rank 8 at most)
+    joint             nothing (two-level scales in groups of 32)
     group per site    32, 64 or 128 columns in a group
     scales per site   two-level 32, float-group 64 or float-group 128
     form per site     any of the five
     columns by row    single rows may take one of 28 column profiles (two widths) of their site
     columns by site   every site is bought as a whole, plain or with a profile
-    rank 0, rank 64   ranks of side branches up to that, by price
+    rank 8, rank 64   side branches of ranks up to that, by price
 
 ``predicted_loss`` is what the plan was chosen by (side branches not counted), ``predicted_with_branches`` takes off what
 they are expected to remove, ``second_order_loss`` is the same sum for the weights that were really stored after GPTQ at
@@ -44,7 +44,7 @@ CHOICES: dict[str, tuple[Form, ...]] = {
     "form per site": FORMS,
 }
 #: row -> most directions of a side branch
-RANKS = {"rank 0": 0, "rank 64": 64}
+RANKS = {"rank 8": 8, "rank 64": 64}
 COLUMNS = {"columns by row": False, "columns by site": True}
 ROWS = (*CHOICES, *COLUMNS, *RANKS)
 
@@ -60,12 +60,8 @@ class Bench:
         """A plan, and the shares that its ranks were chosen by."""
         if name in COLUMNS:
             priced = self.table(by_group=True)
-            return assign_columns(
-                self.setting, self.setting.program, priced, budget, whole=COLUMNS[name]
-            ), priced.spectra
-        spectra = self.table(form=DEFAULT).spectra
-        if name in RANKS:
-            spectra = self.table(directions=RANKS[name]).spectra if RANKS[name] else {}
+            return assign_columns(self.setting, self.setting.program, priced, budget, whole=COLUMNS[name]), {}
+        spectra = self.table(directions=RANKS[name]).spectra if name in RANKS else {}
         menus = menus_of(self.setting.program, [self.table(form=form) for form in CHOICES.get(name, (DEFAULT,))])
         return self.setting.run(self.setting.program, AssignMenus(Budget(budget), (), menus, spectra)), spectra
 

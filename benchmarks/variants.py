@@ -20,7 +20,7 @@ from mixcomp.format import GROUP, WIDTHS, Scales, Segment, SiteFormat
 from mixcomp.passes.allocate import Offers
 from mixcomp.passes.coupling import analyse, needs_index
 from mixcomp.passes.decision import Assignment, Decision, Decisions
-from mixcomp.passes.directions import branch_bits, error_spectrum, most_directions, rank_by_price
+from mixcomp.passes.directions import branch_bits, error_spectrum, rank_by_price
 from mixcomp.passes.gptq import Feedback, Task, feedback, gptq
 from mixcomp.passes.stacks import Stack, batches, stack
 from mixcomp.profiles import site_format
@@ -76,8 +76,8 @@ FORMS = (DEFAULT, Form(64), Form(128), Form(64, Scales.FLOAT_GROUP), Form(128, S
 class Priced:
     """What quantizing costs in one form, per site.
 
-    ``losses`` fp32[rows, widths], with ``by_group`` fp32[rows, groups of 32, widths]: nats a token; ``spectra`` shares
-    of the loss at 3 bits that directions of a side branch would remove.
+    ``losses`` fp32[rows, widths], with ``by_group`` fp32[rows, groups of 32, widths]: nats a token; ``spectra``, where
+    asked for, shares of the loss at 3 bits that directions of a side branch would remove.
     """
 
     form: Form
@@ -104,7 +104,7 @@ def price(
         form: how scales are stored.
         error_feedback: GPTQ; otherwise every weight is rounded to its nearest level.
         by_group: losses of every group of 32 columns, in stored order of the columns; they add up to the row's.
-        directions: of a side branch, examined per site; 0: as many as the product.
+        directions: most that are examined for a side branch of a site.
         names: sites to price; stacks that hold none of them are left out.
     """
     wanted = None if names is None else set(names)
@@ -155,9 +155,9 @@ def _book(
         gamma = program.gamma(site, context.device)
         part = part * gamma[:, None, None] / 2
         out.losses[site.name] = (part[:, 0] if part.shape[1] == 1 else part).cpu()
-        count = min(most, site.rows - 1, site.columns - 1) if most else most_directions(site.rows, site.columns)
-        draw = context.generator("annotate-salience", site.name)
-        out.spectra[site.name] = error_spectrum(own, rows.sigma, gamma, count, draw).shares.cpu()
+        if most:
+            count, draw = min(most, site.rows - 1, site.columns - 1), context.generator("spectrum", site.name)
+            out.spectra[site.name] = error_spectrum(own, rows.sigma, gamma, count, draw).shares.cpu()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

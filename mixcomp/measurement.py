@@ -26,10 +26,10 @@ from mixcomp.passes.planner import Prices, curve
 from mixcomp.passes.statistics import moments_device
 from mixcomp.program import Program, Site, WeightRef
 from mixcomp.records import Record, signed
-from mixcomp.shards import DTYPES, SPELLING, THREADS, StoredFile, StoredTensor, read_files, split, write_shard
+from mixcomp.shards import DTYPES, SPELLING, THREADS, StoredFile, read_files, split, write_shard
 
 MANIFEST = "measurement.json"
-VERSION = 1
+VERSION = 2
 SHARD_BYTES = 4 << 30
 _PRICES, _MOMENTS = "prices", "moments"
 _MAX_MANIFEST = 1 << 26
@@ -67,8 +67,7 @@ class Measurement:
     """What was found out about a model.
 
     ``sites`` are all its linears (without calls: there is no graph), ``couplings`` the orders that can be absorbed,
-    ``tensors`` "<site>/salience" fp32[rows, widths] and "<site>/spectrum" fp32[directions], ``calibration`` names the
-    text, ``options`` are those that shaped it.
+    ``tensors`` "<site>/salience" fp32[rows, widths], ``calibration`` names the text, ``options`` are those that shaped it.
     """
 
     sites: tuple[Site, ...]
@@ -87,7 +86,7 @@ class Measurement:
         sites = tuple(
             _bare(s.name, s.weight.shape, s.weight.dtype, s.input, s.in_scope, s.reason) for s in program.sites
         )
-        kinds = ("/salience", "/spectrum"), ("/sigma", "/gamma")
+        kinds = ("/salience",), ("/sigma", "/gamma")
         found = {k: t for k, t in program.tensors.items() if k.endswith(kinds[0] + kinds[1])}
         with ThreadPoolExecutor(THREADS) as pool:
             held = list(zip(found, pool.map(_in_main_memory, found.values()), strict=True))
@@ -294,9 +293,7 @@ def _check_tensors(sites: tuple[Site, ...], files: Mapping[str, StoredFile]) -> 
     listed = {(n.partition("-")[0], key): tensor for n, file in files.items() for key, tensor in file.tensors.items()}
     wanted: dict[tuple[str, str], tuple[int, ...]] = {}
     for s in (site for site in sites if site.open):
-        directions = listed.get((_PRICES, f"{s.name}/spectrum"), StoredTensor(torch.float32, (0,))).shape[:1]
         wanted[_PRICES, f"{s.name}/salience"] = (s.rows, len(WIDTHS))
-        wanted[_PRICES, f"{s.name}/spectrum"] = directions
         wanted[_MOMENTS, f"{s.name}/gamma"] = (s.rows,)
         wanted[_MOMENTS, f"{s.input}/sigma"] = (s.columns, s.columns)
     for kind, key in sorted(listed.keys() | wanted.keys()):

@@ -1,4 +1,4 @@
-"""Widths and ranks under one budget: the mathematics of planning, without a graph."""
+"""Widths under one budget: the mathematics of planning, without a graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from mixcomp.config import Budget
 from mixcomp.format import WIDTHS
 from mixcomp.passes.coupling import Couplings, needs_index
 from mixcomp.passes.decision import Decision, Decisions, spend
-from mixcomp.passes.directions import branch_bits, rank_by_price
 from mixcomp.passes.rows import RowShop, Widths, loss_at
 from mixcomp.program import Site
 
@@ -25,7 +24,7 @@ STRATEGIES = ("joint", "uniform")
 class Prices:
     """All that planning knows of a model.
 
-    ``tensors`` holds "<site>/salience" fp32[rows, widths] and "<site>/spectrum" fp32[directions] of every open site.
+    ``tensors`` holds "<site>/salience" fp32[rows, widths] of every open site.
     """
 
     sites: tuple[Site, ...]
@@ -78,33 +77,22 @@ def decide(
     strategy: str,
     count: str,
 ) -> Decisions:
-    """Widths and ranks of sites within ``room`` bits; ``tensors`` as in ``Prices``."""
-    price, gap, ranks = 0.0, 0.0, dict.fromkeys((s.name for s in sites), 0)
+    """Widths of sites within ``room`` bits; ``tensors`` as in ``Prices``."""
+    price, gap = 0.0, 0.0
     if strategy == "uniform" or not sites:
         parts = _uniform(sites, room, count)
     else:
-        shop = _shop(tensors, sites, index, count)
-        if count == "stored":
-            bought, parts = shop.buy(room)
-            # where bits have no price branches must not eat up rows
-            spare = max(0, room - int(shop.offers.bits[:, 0].sum()))
-            for s in sites:
-                loss, bits = shop.loss(s, parts[s.name]), branch_bits(s.rows, s.columns)
-                wanted = rank_by_price(tensors[f"{s.name}/spectrum"], loss, bought.price, bits)
-                ranks[s.name] = min(wanted, spare // bits)
-                room, spare = room - ranks[s.name] * bits, spare - ranks[s.name] * bits
-        bought, parts = shop.settle(room)
+        bought, parts = _shop(tensors, sites, index, count).settle(room)
         price, gap = bought.price, bought.gap
     loss = sum(predicted(tensors, s, parts[s.name]) for s in sites)
-    return Decisions({s.name: Decision(parts[s.name], ranks[s.name]) for s in sites}, loss, price, gap)
+    return Decisions({s.name: Decision(parts[s.name]) for s in sites}, loss, price, gap)
 
 
 @_one_thread()
 def curve(prices: Prices, count: str = "stored", points: int = 101) -> list[tuple[float, float]]:
     """(bits per weight, predicted loss) that ``joint`` reaches, from the floor to the ceiling, in one sweep.
 
-    Row widths alone, every row that might need an index with one; ``assign`` spends what side branches and freed
-    indices are worth on top.
+    Every row that might need an index has one; ``assign`` spends what freed indices are worth on top.
     """
     sites = prices.open_sites()
     index = needs_index(prices.sites, prices.couplings)

@@ -38,13 +38,9 @@ class RowShop:
         joined = torch.cat([self.losses[s.name] for s in sites])
         self.offers = Offers.of(joined, torch.tensor(costs).repeat_interleave(rows, 0))
 
-    def buy(self, budget: int) -> tuple[Allocation, Widths]:
-        """Widths uint8[rows] of every site at one price."""
-        bought = self.offers.buy(budget)
-        return bought, self._split(self.sites, bought.choice)
-
     def settle(self, budget: int) -> tuple[Allocation, Widths]:
-        """``buy``, and again with what the row indices of sites that came out with one width would have cost."""
+        """Widths uint8[rows] of every site at one price, bought again with what the row indices of sites that came out
+        with one width would have cost."""
         sites, offers, settled = self.sites, self.offers, Widths()
         for _ in range(_ROUNDS):
             bought = offers.buy(budget)

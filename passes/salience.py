@@ -8,15 +8,11 @@ from typing import ClassVar
 import torch
 
 from mixcomp.format import WIDTHS
-from mixcomp.passes.directions import error_spectrum, most_directions
 from mixcomp.passes.gptq import Task, feedback, gptq
 from mixcomp.passes.stacks import Stack, batches, stack
 from mixcomp.program import Fact, Program
 from mixcomp.protocol import Context, Pass
-from mixcomp.quant import Rounding, concatenate, dequantize, fit_grid
-
-#: the width (3 bits) whose error tells how much a side branch could take away; errors of all widths are alike in shape
-_SPECTRUM = WIDTHS.index(3)
+from mixcomp.quant import Rounding, concatenate, fit_grid
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,6 @@ class AnnotateSalience(Pass):
     Before: statistics.  After, per open site in the table::
 
         layers.0.q_proj/salience   fp32[576, 6]   loss of each row at 2, 3, 4, 5, 6, 8 bits
-        layers.0.q_proj/spectrum   fp32[8]        share of the site's loss that each rank of a side branch would remove
     """
 
     name: ClassVar[str] = "annotate-salience"
@@ -40,11 +35,11 @@ class AnnotateSalience(Pass):
     def run(self, program: Program, context: Context) -> Program:
         found: dict[str, torch.Tensor] = {}
         for batch in context.track("salience", batches(program, context.device, len(WIDTHS))):
-            found.update(_price(program, [stack(program, *one, context.device) for one in batch], context))
+            found.update(_price(program, [stack(program, *one, context.device) for one in batch], context.device))
         return program.with_tensors(found)
 
 
-def _price(program: Program, stacks: list[Stack], context: Context) -> dict[str, torch.Tensor]:
+def _price(program: Program, stacks: list[Stack], device: torch.device) -> dict[str, torch.Tensor]:
     """The six runs are one run over six copies of the rows."""
     grids = [[_fit(rows, width) for width in WIDTHS] for rows in stacks]
     tasks = [
@@ -52,25 +47,11 @@ def _price(program: Program, stacks: list[Stack], context: Context) -> dict[str,
         for rows, own in zip(stacks, grids, strict=True)
     ]
     out: dict[str, torch.Tensor] = {}
-    for rows, own, (codes, loss) in zip(stacks, grids, gptq(tasks), strict=True):
-        out.update(_spectra(program, rows, codes.chunk(len(WIDTHS))[_SPECTRUM], own[_SPECTRUM], context))
+    for rows, (_, loss) in zip(stacks, gptq(tasks), strict=True):
         losses = loss.view(len(WIDTHS), -1).T.contiguous()  # [rows, widths]
         for site, part in rows.split(losses):
-            gamma = program.gamma(site, context.device)
+            gamma = program.gamma(site, device)
             out[f"{site.name}/salience"] = part * gamma[:, None] / 2
-    return out
-
-
-def _spectra(
-    program: Program, rows: Stack, codes: torch.Tensor, grid: Rounding, context: Context
-) -> dict[str, torch.Tensor]:
-    error = rows.weight - dequantize(codes, grid)
-    out = {}
-    for site, part in rows.split(error):
-        gamma = program.gamma(site, context.device)
-        draw = context.generator(AnnotateSalience.name, site.name)
-        count = most_directions(site.rows, site.columns)
-        out[f"{site.name}/spectrum"] = error_spectrum(part, rows.sigma, gamma, count, draw).shares
     return out
 
 

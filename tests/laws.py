@@ -26,7 +26,8 @@ from mixcomp.errors import PassError, PassOrderError
 from mixcomp.lowering.lower import LowerLinears
 from mixcomp.manager import run
 from mixcomp.packed import PackedWeight
-from mixcomp.passes import PIPELINE
+from mixcomp.passes import PIPELINE, InsertSideBranch
+from mixcomp.passes.directions import branch_bits, most_directions
 from mixcomp.passes.strategies import STRATEGIES, passes_of
 from mixcomp.printer import digest, module_tensors
 from mixcomp.program import META, Fact, Program, Site
@@ -69,6 +70,14 @@ def prepared(kind: type[Pass], program: Program) -> Pass:
     return replace(one, budget=Budget(float(bits // 8), "bytes"))  # type: ignore[call-arg]
 
 
+def branching(program: Program) -> Program:
+    """One direction planned wherever a weight has room for it: the default strategy plans none."""
+    room = {s.name: max(0, min(1, most_directions(s.rows, s.columns))) for s in program.open_sites()}
+    bits = sum(rank * branch_bits(*program.site(name).weight.shape) for name, rank in room.items())
+    ranks = {f"{name}/planned_rank": torch.tensor(rank) for name, rank in room.items()}
+    return program.with_tensors({**ranks, "budget/bits": program.tensors["budget/bits"] + bits})
+
+
 def previous(number: int) -> int:
     """The pass that ``PASSES[number]`` follows; another strategy starts from the statistics."""
     starts = {PASSES.index(type((*measuring, deciding)[0])) for measuring, deciding in OTHERS}
@@ -79,6 +88,8 @@ def previous(number: int) -> int:
 def stage(blueprint: Blueprint, number: int) -> Stage:
     """Pass ``number`` after all passes before it; failures of later passes do not show in it."""
     before = stage(blueprint, previous(number)).after if number else build(blueprint)
+    if PASSES[number] is InsertSideBranch:
+        before = branching(before)
     one = prepared(PASSES[number], before)
     return Stage(blueprint, one, before, run(before, [one], context(blueprint)))
 

@@ -63,7 +63,7 @@ def kl(row: dict[str, Any]) -> float:
     return float(row["scores"]["text.txt"]["kl"])
 
 
-ABLATIONS = ["joint", "one width per site", "no side branch", "gamma: one constant", "float-group 64",
+ABLATIONS = ["joint", "one width per site", "side branches", "priced again", "gamma: one constant", "float-group 64",
              "nearest rounding", "columns by row", "uniform", "mixllm", "slim", "gate"]  # fmt: skip
 
 
@@ -113,7 +113,10 @@ def test_forms(tiny: Path, tmp_path: Path, load: Any) -> None:
     assert set(rows) == set(load("forms").ROWS)
     for name in ("group per site", "scales per site", "form per site", "columns by row"):
         assert rows[name]["predicted_loss"] <= rows["joint"]["predicted_loss"] * 1.02, f"{name}: more choice, more loss"
-    assert rows["rank 0"]["rank"] == 0
+    assert rows["joint"]["rank"] == 0
+    assert all(
+        0 < rows[name]["predicted_with_branches"] <= rows[name]["predicted_loss"] for name in ("rank 8", "rank 64")
+    )
     assert all(row["stored_bits_per_weight"] <= 3.6 for row in rows.values())
 
 
@@ -270,7 +273,6 @@ def test_prices_are_those_of_annotate_salience(load: Any) -> None:
     for site in program.open_sites():
         wanted = program.tensor(site.name, "salience")
         assert torch.allclose(whole.losses[site.name], wanted, rtol=1e-3, atol=1e-7 * float(wanted.max()))
-        assert torch.equal(whole.spectra[site.name], program.tensor(site.name, "spectrum"))
         by_group = parts.losses[site.name]
         by_group = by_group if by_group.dim() == 3 else by_group[:, None]
         assert torch.allclose(by_group.sum(1), wanted, rtol=1e-3, atol=1e-7 * float(wanted.max()))
@@ -282,14 +284,13 @@ def test_menus_of_the_default_form_are_joint(budget: float, load: Any) -> None:
     priced = variants.Priced(
         variants.DEFAULT,
         {s.name: program.tensor(s.name, "salience") for s in program.open_sites()},
-        {s.name: program.tensor(s.name, "spectrum") for s in program.open_sites()},
     )
     menus = variants.menus_of(program, [priced])
-    assign = variants.AssignMenus(Budget(budget), (), menus, priced.spectra)
+    assign = variants.AssignMenus(Budget(budget), (), menus)
     ours = Decisions.read(manager.run(program, (assign,), context(measured.MODEL)))
     wanted = Decisions.read(manager.run(program, (AssignPrecision(Budget(budget)),), context(measured.MODEL)))
     assert ours.loss == pytest.approx(wanted.loss, rel=0.02)
-    assert {n: one.rank for n, one in ours.sites.items()} == {n: one.rank for n, one in wanted.sites.items()}
+    assert not any(one.rank for one in (*ours.sites.values(), *wanted.sites.values()))
 
 
 def test_moments_without_correlations_round_to_nearest() -> None:

@@ -103,7 +103,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "another version": (lambda d: d.update(measurement_version=2), "measurement_version"),
+    "another version": (lambda d: d.update(measurement_version=1), "measurement_version"),
     "an unknown field": (lambda d: d.update(more=1), "unknown fields"),
     "no rows": (lambda d: d["sites"][0].update(rows=0), "rows"),
     "rows that the tensors lack": (lambda d: d["sites"][0].update(rows=95), "fingerprint"),

@@ -61,16 +61,6 @@ def test_the_budget_is_a_ceiling_on_stored_bytes(priced: Program, budget: float,
     assert bits >= 0.985 * budget * weights
 
 
-def test_branches_leave_rows_their_narrowest_width_where_bits_have_no_price(priced: Program) -> None:
-    """Prices upside down: no row gains by a bit, so every direction seems worth its own."""
-    names = [s.name for s in priced.open_sites()]
-    flipped = {f"{n}/salience": priced.tensor(n, "salience").flip(1) for n in names}
-    eager = {f"{n}/spectrum": torch.full((8,), 0.1) for n in names}
-    for budget in (3.2, 3.4, 4.4):
-        bits, weights = stored(assigned(priced.with_tensors({**flipped, **eager}), budget))
-        assert bits <= budget * weights
-
-
 def test_joint_is_predicted_and_measured_no_worse_than_uniform(priced: Program) -> None:
     for budget in (3.2, 4.4):
         joint, uniform = assigned(priced, budget), assigned(priced, budget, strategy="uniform")
