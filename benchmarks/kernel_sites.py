@@ -34,11 +34,9 @@ DEVICE = "cuda"
 TRAFFIC = 160e6
 #: relative, of a whole output; fp16 outputs are rounded at 5e-4
 TOLERANCE = 1e-3
-#: name -> the call (x, tensors by name, bias=, fmt=, tile=): one kernel, the same begun before its predecessor has ended,
-#: and the weight expanded for cuBLAS
+#: name -> the call (x, tensors by name, bias=, fmt=, tile=): one kernel, and the weight expanded for cuBLAS
 KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     "fused": launch.mixed_linear,
-    "overlap": partial(launch.mixed_linear, overlap=True),
     "expanded": lambda *args, tile=None, **named: launch.expanded_linear(*args, **named),
 }
 Calls = list[Callable[[], torch.Tensor]]

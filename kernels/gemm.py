@@ -20,13 +20,25 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mixcomp.kernels.operand import COLUMNS, UNIT, group_scales, load_plane, operand, part_count, per_unit, wide_bits
+from mixcomp.kernels.operand import (
+    COLUMNS,
+    INTERPRETED,
+    UNIT,
+    group_scales,
+    load_plane,
+    operand,
+    part_count,
+    per_unit,
+    wide_bits,
+)
 from mixcomp.kernels.side_branch import load_x, offsets, side_sums
+from mixcomp.kernels.warps import warp_sums
 
 #: columns of a site and the stride of the tokens are multiples of this where the launcher says ``ALIGNED``
 VECTOR = tl.constexpr(8)
+#: whether 16-bit activations take ``warp_sums``: the interpreter is three times as fast with whole tiles
+WARPS = tl.constexpr(not INTERPRETED.value)
 
 
 @triton.jit
@@ -82,7 +94,7 @@ def mixed_linear_kernel(  # noqa: C901 - most branches are known when compiled
     x, words, nibbles, factors, row_index, branch_a, projected, bias, out, table, partial, counters,
     across, tokens, columns, rank, x_token, x_column, out_token, token_tiles, splits, scatter, biased,
     WIDTHS: tl.constexpr, ALIGNED: tl.constexpr, BLOCKS: tl.constexpr, ALONG: tl.constexpr, DOWN: tl.constexpr,
-    TOKENS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[token, row_index[row]] = x @ weight.T + bias for one tile of rows and one of tokens.
 
@@ -92,11 +104,10 @@ def mixed_linear_kernel(  # noqa: C901 - most branches are known when compiled
     out[tokens, rows] of x's type; table int32[tiles, 5]; across: column blocks.  ``splits`` programs share the columns of
     a tile; where that is more than one, partial fp32[programs, tile] and counters int32[tiles], zero before and after.
     WIDTHS has bit ``w`` set where width ``w`` may occur.  ALIGNED: ``columns`` and ``x_token`` count in VECTOR and x's
-    columns are contiguous.  OVERLAP: the launch may begin before its predecessor on the stream has ended.
+    columns are contiguous.
     """
-    if OVERLAP:
-        gdc_launch_dependents()
     ROWS: tl.constexpr = 16 * BLOCKS * DOWN
+    BY_WARPS: tl.constexpr = WARPS and x.dtype.element_ty != tl.float32
     if ALIGNED:
         columns = columns * VECTOR
         x_token = x_token * VECTOR
@@ -107,22 +118,27 @@ def mixed_linear_kernel(  # noqa: C901 - most branches are known when compiled
     width, first_row, held = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     words += tl.load(entry + 3).to(tl.int64) * UNIT
     nibbles += tl.load(entry + 4).to(tl.int64) * across * 8
-    token = tile % token_tiles * TOKENS + tl.arange(0, TOKENS)
+    first_token = tile % token_tiles * TOKENS
+    token = first_token + tl.arange(0, TOKENS)
     steps = tl.cdiv(tl.cdiv(across, ALONG), splits) * ALONG
     first_step = share * steps
     last_step = tl.minimum(first_step + steps, across)
     row_blocks = tl.cdiv(held, 16)
-    if OVERLAP:
-        gdc_wait()  # from here on, what other launches write is read, and what they read is written
 
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for W in tl.static_range(2, 9):
         if (WIDTHS >> W) & 1:  # noqa: SIM102 - known when compiled; the next is not
             if width == W:
-                sums = tile_sums(
-                    x, words, nibbles, row_blocks, first_step, last_step, across, tokens, columns, token, x_token,
-                    x_column, W, BLOCKS, ALONG, DOWN, TOKENS, STAGES, ALIGNED,
-                )  # fmt: skip
+                if BY_WARPS:
+                    sums = warp_sums(
+                        x, words, nibbles, row_blocks, first_step, last_step, across, tokens, columns, first_token,
+                        x_token, x_column, W, BLOCKS, ALONG, DOWN, TOKENS, STAGES, ALIGNED,
+                    )  # fmt: skip
+                else:
+                    sums = tile_sums(
+                        x, words, nibbles, row_blocks, first_step, last_step, across, tokens, columns, token, x_token,
+                        x_column, W, BLOCKS, ALONG, DOWN, TOKENS, STAGES, ALIGNED,
+                    )  # fmt: skip
 
     arrived = splits - 1
     cell = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]

@@ -12,7 +12,8 @@ was captured on: two graphs of one capture stream must not be replayed at the sa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, reduce
+from operator import or_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +78,8 @@ class _Plan:
     splits: int
     partial: int  # sums that programs leave to each other
     nothing: torch.Tensor  # what is handed over where there are none
+    no_index: torch.Tensor  # and where there is no row index
+    across: int
     widths: int
     tile: tuple[int, int, int, int, int]
     warps: int
@@ -93,21 +96,21 @@ def _plan(fmt: SiteFormat, tokens: int, element_bytes: int, device: torch.device
     numbers = tile.blocks, tile.along, tile.down, tile.tokens, tile.stages
     return _Plan(
         entries, (count * splits, 1, 1), token_tiles, splits, partial, counters(device).view(torch.float32),
-        tiles.width_mask(fmt), numbers, tile.along * tile.down,
+        counters(device).view(torch.int16), blocks(fmt.columns, BLOCK[1]), tiles.width_mask(fmt), numbers,
+        tile.along * tile.down,
     )  # fmt: skip
 
 
 def mixed_linear(
     x2d: torch.Tensor, words: torch.Tensor, nibbles: torch.Tensor, factors: torch.Tensor, row_index: Maybe,
     branch_a: Maybe, branch_b: Maybe, branch_scale: Maybe, bias: Maybe, fmt: SiteFormat,
-    *, out: Maybe = None, tile: Tile | None = None, overlap: bool = False,
+    *, out: Maybe = None, tile: Tile | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """``x @ weight.T + bias`` of one site: x2d fp16|bf16|fp32[tokens, columns] -> the same type, [tokens, rows].
 
     The tensors are those of ``SiteFormat.fragments``, contiguous, on x2d's device; bias is any float type[rows] in output
     order.  x2d may have any strides.  All segments take one launch; a side branch takes one more, before it.  ``out``
-    (contiguous) receives the result; ``tile`` overrides ``tiles.choose``; ``overlap`` lets the launch begin before its
-    predecessor on the stream has ended.  Raises ``InputError``.
+    (contiguous) receives the result; ``tile`` overrides ``tiles.choose``.  Raises ``InputError``.
     """
     check(x2d, words, out, fmt)
     tokens, device = x2d.shape[0], x2d.device
@@ -120,19 +123,17 @@ def mixed_linear(
     aligned = fmt.columns % UNIT == 0 and x_token % UNIT == 0 and x_column == 1 and x2d.data_ptr() % 16 == 0
     partial = torch.empty(plan.partial, dtype=torch.float32, device=device) if plan.partial else plan.nothing
     # what a site lacks is a flag and any pointer of the usual type, not another kernel to compile
-    index = factors.view(torch.int16) if row_index is None else row_index
-    given_bias = out if bias is None else bias
-    with torch.cuda.device_of(x2d):
-        projected = project(x2d, branch_b, branch_scale, fmt) if fmt.rank else None
-        start(
-            mixed_linear_kernel, plan.programs,
-            (x2d, words, nibbles, factors, index, branch_a, projected, given_bias, out, plan.entries, partial,
-             stream_counters(device)),
-            (blocks(fmt.columns, BLOCK[1]), tokens, fmt.columns // UNIT if aligned else fmt.columns, fmt.rank,
-             x_token // UNIT if aligned else x_token, x_column, fmt.rows, plan.token_tiles, plan.splits,
-             int(row_index is not None), int(bias is not None)),
-            (plan.widths, aligned, *plan.tile, overlap), plan.warps, {"launch_pdl": True} if overlap else {},
-        )  # fmt: skip
+    index = plan.no_index if row_index is None else row_index
+    projected = project(x2d, branch_b, branch_scale, fmt) if fmt.rank else None
+    start(
+        mixed_linear_kernel, plan.programs,
+        (x2d, words, nibbles, factors, index, branch_a, projected, out if bias is None else bias, out, plan.entries,
+         partial, stream_counters(device)),
+        (plan.across, tokens, fmt.columns // UNIT if aligned else fmt.columns, fmt.rank,
+         x_token // UNIT if aligned else x_token, x_column, fmt.rows, plan.token_tiles, plan.splits,
+         int(row_index is not None), int(bias is not None)),
+        (plan.widths, aligned, *plan.tile), plan.warps, {},
+    )  # fmt: skip
     return out
 
 
@@ -162,13 +163,12 @@ def expanded(
     entries = table(fmt, BLOCK[0] * EXPAND_BLOCKS, words.device)
     across, aligned = blocks(fmt.columns, BLOCK[1]), fmt.columns % UNIT == 0
     index = factors.view(torch.int16) if row_index is None else row_index
-    with torch.cuda.device_of(words):
-        start(
-            expand_kernel, (entries.shape[0], blocks(across, EXPAND_WARPS), 1),
-            (words, nibbles, factors, index, out, entries),
-            (across, fmt.columns // UNIT if aligned else fmt.columns, int(row_index is not None)),
-            (tiles.width_mask(fmt), aligned, EXPAND_BLOCKS, EXPAND_WARPS), EXPAND_WARPS, {},
-        )  # fmt: skip
+    start(
+        expand_kernel, (entries.shape[0], blocks(across, EXPAND_WARPS), 1),
+        (words, nibbles, factors, index, out, entries),
+        (across, fmt.columns // UNIT if aligned else fmt.columns, int(row_index is not None)),
+        (tiles.width_mask(fmt), aligned, EXPAND_BLOCKS, EXPAND_WARPS), EXPAND_WARPS, {},
+    )  # fmt: skip
     return out
 
 
@@ -188,8 +188,7 @@ def expanded_linear(
     outer = branch_a.to(x2d.dtype)
     if row_index is not None:
         outer = torch.empty_like(outer).index_copy_(0, row_index.long(), outer)
-    with torch.cuda.device_of(x2d):
-        inner = project(x2d, branch_b, branch_scale, fmt).to(x2d.dtype)
+    inner = project(x2d, branch_b, branch_scale, fmt).to(x2d.dtype)
     return torch.nn.functional.linear(inner, outer, bias).addmm_(x2d, weight.t())
 
 
@@ -197,17 +196,19 @@ def start(
     kernel: Any, programs: tuple[int, int, int], tensors: tuple[Maybe, ...], numbers: tuple[int, ...],
     constants: tuple[Any, ...], warps: int, options: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Launch on the current stream of the current device, by the compiled kernel found before where that is safe.
+    """Launch on the current stream of the first tensor's device, by the compiled kernel found before where that is safe.
 
     A compiled kernel depends on the tensors' types, the constants, and on which tensors start at 16 bytes and which
     numbers need 64 bits: here, all and none.
     """
-    places, types = 0, []
-    for tensor in tensors:
-        places |= 0 if tensor is None else tensor.data_ptr()
-        types.append(None if tensor is None else tensor.dtype)
+    device = tensors[0].device.index if tensors[0] is not None and not INTERPRETED else None
+    if device is not None and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            start(kernel, programs, tensors, numbers, constants, warps, options)
+        return
+    places = reduce(or_, [tensor.data_ptr() for tensor in tensors if tensor is not None])
     usual = places % 16 == 0 and max(numbers) < 2**31
-    key = id(kernel), torch.cuda.current_device() if not INTERPRETED else 0, constants, *types
+    key = id(kernel), device, constants, *[None if tensor is None else tensor.dtype for tensor in tensors]
     found = _compiled.get(key) if usual else None
     if found is not None:
         found[programs](*tensors, *numbers, *constants)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mixcomp.format import WIDTHS
-from mixcomp.kernels import launch, tiles
+from mixcomp.kernels import tiles
 
 ONE = tiles.Tile(*sweep.SWEEP[8][0], programs=1)
 
@@ -20,7 +20,6 @@ ONE = tiles.Tile(*sweep.SWEEP[8][0], programs=1)
 def test_the_command_up_to_the_clock(tmp_path, monkeypatch, capsys):
     """All of it but graphs and libraries, on a tiny layer; every kernel is right there."""
     small = {"DEVICE": "cpu", "SHAPES": {"a": (90, 384)}, "TOKENS": (1, 5)}
-    monkeypatch.setitem(sites.KERNELS, "overlap", launch.mixed_linear)  # the interpreter knows no overlapping launches
     monkeypatch.setattr(sweep, "PROGRAMS", (1, 264))
     monkeypatch.setattr(sweep, "BUCKETS", {1: 1, 8: 5})
     for name, value in small.items():
@@ -37,7 +36,7 @@ def test_the_command_up_to_the_clock(tmp_path, monkeypatch, capsys):
     assert len(found["rows"]) == 2 * 2
     assert all(row[kernel] == 1.0 for row in found["rows"] for kernel in sites.KERNELS), found["rows"]
     assert [best[:2] for best in found["best"]] == [[1, "a"], [8, "a"]]
-    assert {job.kernel for job in checked} == {"fused", "overlap"}
+    assert {job.kernel for job in checked} == {"fused"}
     assert {job.widths for job in checked} == {WIDTHS, (4,)}
     told = capsys.readouterr().out.partition("TABLE: ")[2]
     for row, tile in tiles.TABLE[tiles.shape_class(90, 384)].items():

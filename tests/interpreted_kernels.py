@@ -18,7 +18,7 @@ import triton.language as tl
 from kernel_cases import EDGES, Case, dyadic, exact, operands, random_format
 from mixcomp.errors import InputError
 from mixcomp.format import WIDTHS, Segment, SiteFormat
-from mixcomp.kernels import fragments, launch, tiles
+from mixcomp.kernels import fragments, gemm, launch, tiles
 from mixcomp.kernels.side_branch import offsets
 
 CASES = 200
@@ -90,6 +90,22 @@ def test_every_weight_can_be_read_back(width):
     assert torch.equal(run(weight, x[37:38].half(), None)[0].float(), weight.dequantize()[:, 37])
     for column in (0, 1, 31, 32, 95, 96, 120, 121):
         assert torch.equal(run(weight, x[column : column + 1], None)[0], weight.dequantize()[:, column])
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "tile"),
+    [
+        (9, 256, 3, tiles.Tile(blocks=1, along=2, down=1, tokens=8, stages=1, programs=1)),
+        (35, 130, 9, tiles.Tile(blocks=2, along=1, down=2, tokens=16, stages=2, programs=1000)),
+    ],
+)
+def test_a_lane_at_a_time(rows, columns, tokens, tile, monkeypatch):
+    """What runs on a GPU in the order of its registers, every width."""
+    monkeypatch.setattr(gemm, "WARPS", tl.constexpr(True))
+    for width in WIDTHS:
+        fmt = SiteFormat(rows, columns, (Segment(rows, width),), scatter=True)
+        weight, x, bias = dyadic(Case(fmt, tokens, F16, F16, 1))
+        assert torch.equal(run(weight, x, bias, tile=tile), exact(weight, x, bias)), width
 
 
 def test_forty_segments_take_one_launch():
