@@ -5,7 +5,7 @@
 
 Rows of a GPTQ run do not depend on each other, so six runs, one per width, hold every mix of row widths exactly: a plan
 is judged by picking rows from six dequantized copies.  Original and copies run in fp32, so that the loss of a single
-site is not lost in the rounding of activations.  No side branches, no reordering.
+site is not lost in the rounding of activations.  Channels are scaled once, before rows are priced; nothing is reordered.
 
     plans     at every budget: joint, uniform, widths drawn for rows and for sites, ``joint`` with some of its widths
               shuffled among rows that cost as much, and bought at prices with noise on every row or every site
@@ -36,7 +36,7 @@ from mixcomp.config import Budget
 from mixcomp.evaluate import evaluate
 from mixcomp.format import WIDTHS
 from mixcomp.packed import PackedWeight
-from mixcomp.passes import AnnotateSalience, AssignPrecision, QuantizeWeights, ReorderFeatures
+from mixcomp.passes import AnnotateSalience, AssignPrecision, QuantizeWeights, ReorderFeatures, ScaleChannels
 from mixcomp.passes.allocate import Offers
 from mixcomp.passes.coupling import analyse, needs_index
 from mixcomp.passes.decision import Decision, Decisions
@@ -186,7 +186,8 @@ class Bench:
                 stored = {name: made.tensor(s.name, name) for name in s.layout.tensors()}
                 copies.setdefault(s.name, []).append(PackedWeight.from_tensors(s.layout, stored).dequantize())
         stacked = {name: torch.stack(parts) for name, parts in copies.items()}
-        return cls(Shop.of(priced), Judge(exact, exact, {}), stacked, text[:held], text[held : held + check])
+        judge = Judge(exact, _scaled(exact, priced, setting.context.device), {})
+        return cls(Shop.of(priced), judge, stacked, text[:held], text[held : held + check])
 
     def kl(self, plan: Mapping[str, torch.Tensor], windows: torch.Tensor) -> float:
         """KL of a plan for some sites, the others as they were."""
@@ -217,6 +218,14 @@ class Bench:
             "predicted": self.shop.predicted(made),
             "kl": self.kl(self.shop.split(made), self.check),
         }
+
+
+def _scaled(exact: Any, priced: Program, device: torch.device) -> Any:
+    """The same function as ``exact``, in the channels that rows were priced in."""
+    judge = Judge(exact, exact, {})
+    weights = {s.name: priced.scaled_weight(s, device) for s in priced.open_sites()}
+    judge.install(priced.open_sites(), weights, priced.norms())
+    return judge.student
 
 
 def _at_width(setting: Setting, program: Program, width: int) -> Program:
@@ -314,7 +323,7 @@ def main(given: list[str] | None = None) -> None:
     arguments = made.parse_args(given)
     results = Results(arguments, "python benchmarks/correlation.py", held=arguments.held, width=arguments.width)
     setting = Setting.start(arguments)
-    priced = setting.run(setting.program, AnnotateSalience())
+    priced = setting.run(setting.program, ScaleChannels(), AnnotateSalience())
     bench = Bench.of(setting, priced, arguments.held, arguments.check)
     for budget in arguments.budgets:
         even = Decisions.read(setting.run(priced, AssignPrecision(Budget(budget), (), "uniform")))

@@ -39,19 +39,37 @@ class Tile:
         return BLOCK[0] * self.blocks * self.down
 
 
-_SMALL = Tile(blocks=1, along=8, down=1, tokens=8, stages=1, programs=1)
-_LARGE = Tile(blocks=2, along=4, down=1, tokens=8, stages=2, programs=1)
-_DEEP = Tile(blocks=2, along=4, down=1, tokens=8, stages=2, programs=528)
-_SOME = Tile(blocks=1, along=4, down=1, tokens=16, stages=2, programs=264)
-_MANY = Tile(blocks=2, along=2, down=2, tokens=32, stages=1, programs=264)
-_MOST = Tile(blocks=2, along=2, down=2, tokens=64, stages=1, programs=264)
 #: shape class (``shape_class``) -> most tokens -> tile, for activations of two bytes; the last row serves any number.
-#: Swept on an H100 (benchmarks/kernel_sweep_h100.json): 1 token, and of large and deep up to 16; the others are guesses.
+#: Swept on an H100 (benchmarks/kernel_times_h100.json).
 TABLE: dict[str, dict[int, Tile]] = {
-    "small": {1: _SMALL, 8: _SMALL, 16: _SOME, 32: _MANY, 64: _MOST},
-    "middle": {1: _SMALL, 8: _SMALL, 16: _SOME, 32: _MANY, 64: _MOST},
-    "large": {1: _LARGE, 8: _LARGE, 16: _SOME, 32: _MANY, 64: _MOST},
-    "deep": {1: _DEEP, 8: _DEEP, 16: _SOME, 32: _MANY, 64: _MOST},
+    "small": {
+        1: Tile(blocks=1, along=8, down=1, tokens=8, stages=2, programs=1),
+        8: Tile(blocks=1, along=4, down=2, tokens=8, stages=1, programs=528),
+        16: Tile(blocks=2, along=4, down=1, tokens=16, stages=2, programs=264),
+        32: Tile(blocks=2, along=4, down=1, tokens=32, stages=1, programs=264),
+        64: Tile(blocks=2, along=4, down=1, tokens=32, stages=1, programs=1),
+    },
+    "middle": {
+        1: Tile(blocks=1, along=4, down=1, tokens=8, stages=2, programs=1),
+        8: Tile(blocks=1, along=8, down=1, tokens=8, stages=2, programs=1),
+        16: Tile(blocks=1, along=4, down=1, tokens=16, stages=2, programs=1),
+        32: Tile(blocks=2, along=4, down=1, tokens=32, stages=1, programs=528),
+        64: Tile(blocks=2, along=4, down=1, tokens=32, stages=1, programs=1),
+    },
+    "large": {
+        1: Tile(blocks=1, along=2, down=1, tokens=8, stages=3, programs=1),
+        8: Tile(blocks=1, along=2, down=1, tokens=8, stages=3, programs=1),
+        16: Tile(blocks=2, along=4, down=1, tokens=16, stages=2, programs=1),
+        32: Tile(blocks=2, along=2, down=2, tokens=32, stages=2, programs=1),
+        64: Tile(blocks=2, along=1, down=4, tokens=64, stages=1, programs=1),
+    },
+    "deep": {
+        1: Tile(blocks=1, along=4, down=2, tokens=8, stages=1, programs=528),
+        8: Tile(blocks=1, along=4, down=1, tokens=8, stages=1, programs=1056),
+        16: Tile(blocks=2, along=4, down=1, tokens=16, stages=2, programs=528),
+        32: Tile(blocks=2, along=2, down=2, tokens=32, stages=2, programs=264),
+        64: Tile(blocks=2, along=2, down=2, tokens=64, stages=1, programs=264),
+    },
 }
 #: exact fp32 products do not run on tensor cores; registers bound the tile
 FP32 = Tile(blocks=1, along=4, down=1, tokens=8, stages=2, programs=264)

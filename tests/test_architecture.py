@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
 #: of code: blank lines, comments and docstrings are free; 8,000 was the aim before three papers' strategies, a
-#: transform and the kernel that reads fragments moved in
-MAX_CODE_LINES = 10_880
+#: transform and a kernel that spells out what each lane of a warp does moved in
+MAX_CODE_LINES = 11_160
 
 #: folder -> package
 FOLDERS = {

@@ -17,7 +17,7 @@ import measured
 from mixcomp import data, manager
 from mixcomp.config import Budget
 from mixcomp.format import WIDTHS
-from mixcomp.passes import AssignPrecision, QuantizeWeights, ReorderFeatures
+from mixcomp.passes import AnnotateSalience, AssignPrecision, QuantizeWeights, ReorderFeatures, ScaleChannels
 from mixcomp.passes.decision import Decisions
 from mixcomp.passes.gptq import feedback
 from mixcomp.passes.stacks import inputs, stack
@@ -181,6 +181,19 @@ def test_correlation(tiny: Path, tmp_path: Path, load: Any) -> None:
     assert len(singles) == 14 + 7 + 2 + 1
     checks = {row["check"] for row in found["rows"] if "check" in row}
     assert checks == {"joint", "corrected by site", "corrected by kind"}
+
+
+def test_scaled_channels_are_the_same_function(tiny: Path, load: Any) -> None:
+    """Sites that are not in a plan are as they were, though those beside them are scaled."""
+    common, correlation = load("common"), load("correlation")
+    given = common.parser("").parse_args(arguments(tiny, tiny / "none.json", limit=False))
+    setting = common.Setting.start(given)
+    priced = setting.run(setting.program, ScaleChannels(), AnnotateSalience())
+    bench = correlation.Bench.of(setting, priced, 2, 0)
+    base, exact = (dict(model.named_parameters()) for model in (bench.judge.base, bench.judge.original))
+    key = priced.open_sites()[0].weight.key
+    assert not torch.allclose(base[key], exact[key], rtol=1e-2)
+    assert bench.kl({}, bench.held) < 1e-7
 
 
 @pytest.mark.parametrize("size", [7, 24, 64, 192, 576])
