@@ -19,15 +19,6 @@ from mixcomp.kernels.side_branch import offsets
 
 
 @triton.jit
-def some(values, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """``values[FIRST : FIRST + COUNT]``."""
-    found = ()
-    for I in tl.static_range(COUNT):  # noqa: E741 - a constant
-        found += (values[FIRST + I],)
-    return found
-
-
-@triton.jit
 def load_lane(words, BITS: tl.constexpr, lane, keep):
     """A lane's words of a plane of one block."""
     EACH: tl.constexpr = min(4, 2 * BITS)
@@ -117,7 +108,7 @@ def rows_by_columns(
 ):  # fmt: skip
     """Sixteen rows by sixteen columns of a block (``load_blocks``), the left operand of ``multiply``."""
     WIDE: tl.constexpr = wide_bits(WIDTH)
-    wide, narrow, nibbles = some(held, 0, 2 * WIDE), some(held, 2 * WIDE, 2 * (WIDTH - WIDE)), held[2 * WIDTH]
+    wide, narrow, nibbles = held[: 2 * WIDE], held[2 * WIDE : 2 * WIDTH], held[2 * WIDTH]
     upper, upper_offset = unit_scale(nibbles, 2 * GROUP, PART, WIDTH, DTYPE)
     lower, lower_offset = unit_scale(nibbles, 2 * GROUP + 1, PART, WIDTH, DTYPE)
     found = ()
@@ -136,12 +127,12 @@ def multiply_blocks(
     HELD: tl.constexpr = 2 * WIDTH + 1
     found = ()
     for BLOCK in tl.static_range(BLOCKS):
-        own = some(sums, BLOCK * 4 * OCTETS, 4 * OCTETS)
+        own = sums[BLOCK * 4 * OCTETS : (BLOCK + 1) * 4 * OCTETS]
         for PART in tl.static_range(part_count(WIDTH, tl.bfloat16 == DTYPE)):
-            a = rows_by_columns(some(held, BLOCK * HELD, HELD), GROUP, K16, PART, WIDTH, DTYPE)
+            a = rows_by_columns(held[BLOCK * HELD : (BLOCK + 1) * HELD], GROUP, K16, PART, WIDTH, DTYPE)
             added = ()
             for OCTET in tl.static_range(OCTETS):
-                added += multiply(some(own, 4 * OCTET, 4), a, some(b, 2 * OCTET, 2), DTYPE)
+                added += multiply(own[4 * OCTET : 4 * OCTET + 4], a, b[2 * OCTET : 2 * OCTET + 2], DTYPE)
             own = added
         found += own
     return found
@@ -221,7 +212,7 @@ def warp_sums(
                     row = offsets(token, x_token)
                     b += load_pairs(x, row, column, keep & (token < tokens), columns, x_column, ALIGNED)
                 sums = multiply_blocks(sums, waiting, b, GROUP, K16, WIDTH, BLOCKS, OCTETS, DTYPE)
-        waiting = some(waiting, BLOCKS * HELD, (STAGES - 1) * BLOCKS * HELD)
+        waiting = waiting[BLOCKS * HELD :]
     # thread -> along, down, lane // 4, lane % 4; value -> block, tokens, r8, j
     held_sums = tl.reshape(stacked(sums, 4 * OCTETS * BLOCKS), (ALONG, DOWN, 8, 4, BLOCKS, OCTETS, 2, 2))
     held_sums = tl.permute(held_sums, (0, 1, 4, 6, 2, 5, 3, 7))

@@ -141,7 +141,8 @@ class Plan:
         yield f"payload     {found['totals']['payload_bpw']:.4f} bits per weight"
         yield f"stored      {found['totals']['stored_bpw']:.4f} bits per weight, {self.totals['stored_bits'] / 8e6:,.1f} MB"
         yield "rows        " + ", ".join(f"{width} bits: {rows:,}" for width, rows in found["rows_by_width"].items())
-        yield f"branches    rank {found['rank']} in all, of {found['sites']} sites"
+        if found["rank"]:
+            yield f"branches    rank {found['rank']} in all, of {found['sites']} sites"
         yield f"loss        {self.predicted_loss:.4e} nats a token predicted, at most {self.gap:.1e} above the best"
         yield f"calibration {self.calibration}"
 

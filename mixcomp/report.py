@@ -131,7 +131,8 @@ class Report:
         shares = ", ".join(f"{width} bits: {rows:,}" for width, rows in self.rows_by_width().items())
         ranks = [site.rank for site in self.sites if site.rank]
         yield f"rows        {shares}"
-        yield f"branches    {len(ranks)} of {len(self.sites)} sites, rank {sum(ranks)} in all"
+        if ranks:
+            yield f"branches    {len(ranks)} of {len(self.sites)} sites, rank {sum(ranks)} in all"
         yield f"calibration {self.calibration}"
 
     def _table(self) -> Table:

@@ -10,7 +10,7 @@
     reorder-features    rows sorted into segments                                absorbed by the consumer, or scattered
     (scale-channels     again, for the groups that this leaves)
     quantize-weights    codes and scales                                         GPTQ, then coordinate descent
-    insert-side-branch  low-rank pairs where a direction pays for its bits       closed form
+    insert-side-branch  low-rank pairs where a plan has some                     closed form
     tune-blocks         rounding and scales learned layer by layer               effort balanced and best
     tune-model          scales, branches, norms from the original's predictions  effort best
     (tune-clipping      where ranges are clipped, learned layer by layer         slim, amlq: instead of these two)
