@@ -76,7 +76,9 @@ def one(
 def main(given: list[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--budgets", type=float, nargs="+", default=[4.4, 3.35, 2.6])
-    made.add_argument("--methods", nargs="+", default=["joint:fast", "joint:balanced", "joint:best", "uniform"])
+    made.add_argument(
+        "--methods", nargs="+", default=["joint:fast", "joint:balanced", "joint:best", "uniform", "uniform:best"]
+    )
     arguments = made.parse_args(given)
     arguments.device = pick_device(arguments.device)
     original = load_original(arguments.model, arguments.device)

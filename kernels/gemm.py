@@ -37,7 +37,7 @@ from mixcomp.kernels.warps import warp_sums
 
 #: columns of a site and the stride of the tokens are multiples of this where the launcher says ``ALIGNED``
 VECTOR = tl.constexpr(8)
-#: whether 16-bit activations take ``warp_sums``: the interpreter is three times as fast with whole tiles
+#: whether 16-bit activations take ``warp_sums``: lane by lane the interpreter is many times as slow as with whole tiles
 WARPS = tl.constexpr(not INTERPRETED.value)
 
 

@@ -64,11 +64,21 @@ def parted(word, DTYPE: tl.constexpr):
     return low.to(DTYPE, bitcast=True).to(tl.float32), high.to(DTYPE, bitcast=True).to(tl.float32)
 
 
-@triton.jit
-def twice(value, like, DTYPE: tl.constexpr):
-    """A constant that the type holds, in both halves of a word; the compiler folds this."""
-    halves = tl.full(like.shape, value, DTYPE)
-    return joined(halves, halves)
+@triton.constexpr_function
+def twice(value, bfloat):
+    """A number that the type holds, in both halves of a word.
+
+    Known before anything is compiled: as an expression it would be eight operations for the compiler to fold.
+    """
+    exponent, left = 0, abs(value)
+    while left >= 2:
+        exponent, left = exponent + 1, left / 2
+    while 0 < left < 1:
+        exponent, left = exponent - 1, left * 2
+    digits, bias = (7, 127) if bfloat else (10, 15)
+    bits = ((exponent + bias) << digits) + int((left - 1) * 2**digits) if left else 0
+    word = (bits + (value < 0) * 2**15) * 0x10001
+    return word - 2**32 if word >= 2**31 else word
 
 
 @triton.constexpr_function
@@ -82,8 +92,8 @@ def affine(word, factor, summand, DTYPE: tl.constexpr):
     """``word * factor + summand`` for both halves, rounded once."""
     if INTERPRETED:
         low, high = parted(word, DTYPE)
-        low_factor, high_factor = parted(factor, DTYPE)
-        low_summand, high_summand = parted(summand, DTYPE)
+        low_factor, high_factor = parted(word * 0 + factor, DTYPE)  # numbers, too
+        low_summand, high_summand = parted(word * 0 + summand, DTYPE)
         return joined((low * low_factor + low_summand).to(DTYPE), (high * high_factor + high_summand).to(DTYPE))
     else:
         return tl.inline_asm_elementwise(

@@ -82,8 +82,7 @@ def pair(
     if fused(WIDTH, BFLOAT):
         return affine(code, scale, offset, DTYPE)
     else:
-        one, zero = twice(1.0, code, DTYPE), twice(0.0, code, DTYPE)
-        return affine(affine(code, one, offset, DTYPE), scale, zero, DTYPE)
+        return affine(affine(code, twice(1.0, BFLOAT), offset, DTYPE), scale, twice(0.0, BFLOAT), DTYPE)
 
 
 @triton.jit
@@ -95,11 +94,12 @@ def unit_scale(nibbles, UNIT_OF_LANE: tl.constexpr, PART: tl.constexpr, WIDTH: t
     ONE: tl.constexpr = 128 if BFLOAT else 1024
     # m - 1 in the lowest bits of ONE's mantissa
     n = ((nibbles >> (4 * UNIT_OF_LANE)) & 15) * 0x10001 + pattern(7 if BFLOAT else 10, BFLOAT)
-    scale = affine(n, twice(1 << FIRST, n, DTYPE), twice((1 - ONE) * (1 << FIRST), n, DTYPE), DTYPE)
-    offset = twice(-centre(WIDTH, FIRST, BITS), n, DTYPE)
+    scale = affine(n, twice(1 << FIRST, BFLOAT), twice((1 - ONE) * (1 << FIRST), BFLOAT), DTYPE)
+    offset: tl.constexpr = twice(-centre(WIDTH, FIRST, BITS), BFLOAT)
     if fused(WIDTH, BFLOAT):
-        offset = affine(scale, offset, twice(0.0, n, DTYPE), DTYPE)
-    return scale, offset
+        return scale, affine(scale, offset, twice(0.0, BFLOAT), DTYPE)
+    else:
+        return scale, offset
 
 
 @triton.jit
