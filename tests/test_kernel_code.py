@@ -1,0 +1,96 @@
+"""What the compiler makes of the decode kernel for an H100, read without one.
+
+Lanes execute some instructions together, so element ``i`` of every value has to belong to thread ``i``: Triton does not
+promise it, and a new release could choose otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+
+from mixcomp.format import PLANES, WIDTHS
+from mixcomp.kernels import gemm, tiles
+from mixcomp.kernels.tiles import Tile
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton exists for Linux only"),
+    pytest.mark.filterwarnings("default"),  # Triton's own
+]
+
+NUMBERS = (
+    "across", "tokens", "columns", "rank", "x_token", "x_column", "out_token", "token_tiles", "splits", "scatter", "biased",
+)  # fmt: skip
+POINTERS = {"words": "i32", "nibbles": "i32", "factors": "fp16", "row_index": "i16", "table": "i32", "partial": "fp32",
+            "counters": "i32"}  # fmt: skip
+SMALL = Tile(blocks=1, along=4, down=1, tokens=8, stages=2, programs=1)
+#: what would pass values between threads
+SHARING = re.compile(r"\b(shfl|bar\.sync|barrier|ldmatrix|[ls]t\.shared)")
+
+
+@cache
+def compiled(width: int, tile: Tile, dtype: str = "fp16", kernel: Any = gemm.mixed_linear_kernel) -> dict[str, str]:
+    """Every stage of the kernel of one width: ``ttgir``, ``ptx``, ..."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    constants = {
+        "branch_a": None, "projected": None, "WIDTHS": 1 << width, "ALIGNED": True, "BLOCKS": tile.blocks,
+        "ALONG": tile.along, "DOWN": tile.down, "TOKENS": tile.tokens, "STAGES": tile.stages,
+    }  # fmt: skip
+    pointers = POINTERS | dict.fromkeys(("x", "bias", "out"), dtype)
+    types = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(NUMBERS, "i32")
+    source = ASTSource(
+        kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+    )
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile.along * tile.down})
+    return {stage: text for stage, text in made.asm.items() if isinstance(text, str)}
+
+
+def before_the_sum(ptx: str) -> str:
+    """Up to the last multiplication."""
+    assert "mma.sync" in ptx, "no tensor core is used"
+    return ptx[: ptx.rindex("mma.sync")]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_weight_is_multiplied_once_and_nothing_is_shared(width: int, dtype: str) -> None:
+    ptx = compiled(width, SMALL, dtype)["ptx"]
+    parts = sum(-(-bits // 4) for bits in PLANES[width]) if dtype == "bf16" else 1
+    assert ptx.count("mma.sync") == 8 * SMALL.blocks * parts
+    assert not SHARING.findall(before_the_sum(ptx))
+
+
+@pytest.mark.parametrize("tile", sorted({t for row in tiles.TABLE.values() for t in row.values()}, key=str), ids=str)
+def test_element_i_belongs_to_thread_i(tile: Tile) -> None:
+    code = compiled(4, tile)
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<\{.*\}>)", code["ttgir"], re.MULTILINE))
+    spelled = [line for line in code["ttgir"].splitlines() if "elementwise_inline_asm" in line]
+    used = set(re.findall(r"tensor<\d+x\w+, (#\w+)>", "\n".join(spelled)))
+    warps = tile.along * tile.down
+    wanted = f"#ttg.blocked<{{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [{warps}], order = [0]}}>"
+    assert len(spelled) > 50
+    assert {layouts[name] for name in used} == {wanted}
+    assert not re.findall(r"tensor<\d+x\d+x", "\n".join(spelled)), "an axis beside the threads"
+    assert code["ptx"].count("mma.sync") == 8 * tile.blocks * (tile.tokens // 8)
+    assert not SHARING.findall(before_the_sum(code["ptx"]))
+
+
+def test_whole_tiles_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop for fp32 and the interpreter hands values around: these tests would tell."""
+    from triton import jit
+    from triton.language import constexpr
+
+    monkeypatch.setattr(gemm, "WARPS", constexpr(False))
+    other = jit(do_not_specialize=NUMBERS)(gemm.mixed_linear_kernel.fn)
+    assert SHARING.findall(before_the_sum(compiled(4, SMALL, kernel=other)["ptx"]))
