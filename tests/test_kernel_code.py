@@ -12,9 +12,10 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from mixcomp.format import PLANES, WIDTHS
-from mixcomp.kernels import gemm, tiles
+from mixcomp.kernels import gemm, lanes, tiles
 from mixcomp.kernels.tiles import Tile
 
 pytestmark = [
@@ -84,6 +85,14 @@ def test_element_i_belongs_to_thread_i(tile: Tile) -> None:
     assert not re.findall(r"tensor<\d+x\d+x", "\n".join(spelled)), "an axis beside the threads"
     assert code["ptx"].count("mma.sync") == 8 * tile.blocks * (tile.tokens // 8)
     assert not SHARING.findall(before_the_sum(code["ptx"]))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 16, -23.5, -127, 0.375, -384, -(2.0**-9)])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_constant_lies_in_both_halves(value: float, kind: torch.dtype) -> None:
+    both = torch.tensor([value, value], dtype=kind)
+    assert both[0].item() == value
+    assert both.view(torch.int32).item() == lanes.twice(value, kind is torch.bfloat16)
 
 
 def test_whole_tiles_share(monkeypatch: pytest.MonkeyPatch) -> None:

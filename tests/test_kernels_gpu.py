@@ -237,6 +237,15 @@ def test_streams_do_not_disturb_each_other():
     assert all(torch.equal(out.cpu(), wanted) for out in outs)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_launches_go_to_the_device_of_their_tensors():
+    weight, x, bias = dyadic(Case(SiteFormat(90, 512, (Segment(50, 3), Segment(40, 6)), rank=3), 5, F16, F16, 1))
+    tensors = {name: None if t is None else t.to("cuda:1") for name, t in operands(weight).items()}
+    for _ in range(2):  # anew, and as found before
+        out = launch.mixed_linear(x.to("cuda:1"), **tensors, bias=bias.to("cuda:1"), fmt=weight.fmt)
+        assert torch.equal(out.cpu(), exact(weight, x, bias))
+
+
 FORMAT = SiteFormat(500, 1024, (Segment(200, 4), Segment(200, 3), Segment(100, 8)), scatter=True, rank=8)
 
 

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +159,30 @@ def test_a_compiled_kernel_is_found_once_for_what_it_depends_on(monkeypatch):
     assert [how(x[1:], None), how(x[1:], None)] == [new, new], "where it starts matters"
     assert [how(x, None, numbers=(1, 2**31)), how(x, None, numbers=(1, 2**31))] == [new, new]
     assert how(x, None) == known
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton exists for Linux only")
+def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
+    launch = importlib.import_module("mixcomp.kernels.launch")
+    current, seen = [0], []
+
+    @contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    class Kernel:
+        def __getitem__(self, _):
+            return lambda *_, num_warps: seen.append(current[0])
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for index in (0, 1, 1):
+        tensor = SimpleNamespace(device=SimpleNamespace(index=index), data_ptr=lambda: 8, dtype=torch.float16)
+        launch.start(Kernel(), (1, 1, 1), (tensor,), (1,), (), 4, {})
+    assert seen == [0, 1, 1]
+    assert current == [0]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton exists for Linux only")
