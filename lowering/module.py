@@ -12,7 +12,7 @@ from torch import nn
 
 from mixcomp.format import NAMES
 from mixcomp.lowering import gpu
-from mixcomp.lowering.ops import MIXED_LINEAR, may_skip_dispatcher, mixed_linear
+from mixcomp.lowering.ops import MIXED_LINEAR, compute, may_skip_dispatcher
 from mixcomp.lowering.select import takes_fragments
 from mixcomp.packed import PackedWeight
 
@@ -77,7 +77,6 @@ class MixedLinear(nn.Module):
         """x floating[..., in_features] -> [..., out_features] of x's dtype."""
         held = self._buffers  # ten times as fast as attributes, which a Module looks up in three dicts
         operands: tuple[Any, ...] = (
-            x,
             held["codes"],
             held["scales"],
             held["factors"],
@@ -86,14 +85,12 @@ class MixedLinear(nn.Module):
             held["branch_b"],
             held["branch_scale"],
             held["bias"],
-            self._segments,
-            self.in_features,
         )
-        if self.fmt.departure:
-            extra = held["zeros"], held["offsets"], held["group_index"]
-            operands += (*extra, self.fmt.group, int(self.fmt.scales))
-        call = mixed_linear if may_skip_dispatcher(x) else MIXED_LINEAR
-        out: torch.Tensor = call(*operands)
+        more = (held["zeros"], held["offsets"], held["group_index"]) if self.fmt.departure else ()
+        if may_skip_dispatcher(x):
+            return compute(x, self.fmt, *operands, *more)
+        form = (*more, self.fmt.group, int(self.fmt.scales)) if more else ()
+        out: torch.Tensor = MIXED_LINEAR(x, *operands, self._segments, self.in_features, *form)
         return out
 
     def packed(self) -> PackedWeight:

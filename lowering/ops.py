@@ -6,7 +6,7 @@ makes hundreds of calls per token.  Gradients stop here with a clear error, also
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -57,19 +57,40 @@ def mixed_linear(
     group: int = GROUP,
     scale_kind: int = 0,
 ) -> torch.Tensor:
-    """``MIXED_LINEAR`` without torch's dispatcher in between; for callers that ``may_skip_dispatcher``."""
-    _check(x, codes, columns)
+    """``MIXED_LINEAR`` as torch's dispatcher calls it: the format in numbers."""
     rank = 0 if branch_a is None else branch_a.shape[1]
     fmt = _format(tuple(segments), columns, row_index is not None, rank, group, scale_kind)
-    flat = x.reshape(-1, columns)
+    branch = branch_a, branch_b, branch_scale
+    return compute(x, fmt, codes, scales, factors, row_index, *branch, bias, zeros, offsets, group_index)
+
+
+def compute(
+    x: torch.Tensor,
+    fmt: SiteFormat,
+    codes: torch.Tensor,
+    scales: torch.Tensor | None,
+    factors: torch.Tensor,
+    row_index: torch.Tensor | None,
+    branch_a: torch.Tensor | None,
+    branch_b: torch.Tensor | None,
+    branch_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *more: torch.Tensor | None,
+) -> torch.Tensor:
+    """``MIXED_LINEAR`` without torch's dispatcher in between; for callers that ``may_skip_dispatcher``.
+
+    ``more``: zeros, offsets and group index of a site that is not in the default format.
+    """
+    _check(x, codes, fmt.columns)
+    flat = x.reshape(-1, fmt.columns)
     if not flat.shape[0]:
         return x.new_empty((*x.shape[:-1], fmt.rows))
-    more = row_index, branch_a, branch_b, branch_scale, zeros, offsets, group_index
+    held = codes, scales, factors, row_index, branch_a, branch_b, branch_scale
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            out = _run(flat, bias, fmt, codes, scales, factors, *more)
+            out = _run(flat, bias, fmt, held, more)
     else:
-        out = _run(flat, bias, fmt, codes, scales, factors, *more)
+        out = _run(flat, bias, fmt, held, more)
     return out.view(*x.shape[:-1], fmt.rows)
 
 
@@ -87,21 +108,27 @@ def may_skip_dispatcher(x: torch.Tensor) -> bool:
     )
 
 
+@cache
+def _launch() -> Any:
+    """The kernels; on the way to a launch even the look for a loaded module takes a microsecond."""
+    from mixcomp.kernels import launch
+
+    return launch
+
+
 def _run(
-    x: torch.Tensor, bias: torch.Tensor | None, fmt: SiteFormat, codes: torch.Tensor, scales: torch.Tensor | None,
-    factors: torch.Tensor, *more: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor, bias: torch.Tensor | None, fmt: SiteFormat, held: tuple[Any, ...], more: tuple[Any, ...]
+) -> torch.Tensor:
     """x[tokens, columns], at least one token."""
     path = choose_path(x.device.type, x.dtype, fmt, x.shape[0])
+    codes, scales, *rest = held
     if scales is not None and gpu.are_fragments(codes):
         if path in _KERNELS:
-            from mixcomp.kernels import launch
-
-            call: Any = launch.mixed_linear if path is Path.TRITON else launch.expanded_linear
-            out: torch.Tensor = call(x, codes, scales, factors, *more[:4], bias, fmt)
+            call: Any = _launch().mixed_linear if path is Path.TRITON else _launch().expanded_linear
+            out: torch.Tensor = call(x, *held, bias, fmt)
             return out
         codes, scales = gpu.to_stored(codes, scales, fmt)
-    weight = PackedWeight(fmt, codes, scales, factors, *more)
+    weight = PackedWeight(fmt, codes, scales, *rest, *more)
     if path is Path.CPU_BAGS:
         return cpu.by_bags(x, cpu.table_form(weight), bias)
     if path is Path.CPU_GEMM:
