@@ -60,32 +60,22 @@ def mixed_linear(
     """``MIXED_LINEAR`` as torch's dispatcher calls it: the format in numbers."""
     rank = 0 if branch_a is None else branch_a.shape[1]
     fmt = _format(tuple(segments), columns, row_index is not None, rank, group, scale_kind)
-    branch = branch_a, branch_b, branch_scale
-    return compute(x, fmt, codes, scales, factors, row_index, *branch, bias, zeros, offsets, group_index)
+    held = codes, scales, factors, row_index, branch_a, branch_b, branch_scale
+    return compute(x, fmt, held, bias, (zeros, offsets, group_index))
 
 
 def compute(
-    x: torch.Tensor,
-    fmt: SiteFormat,
-    codes: torch.Tensor,
-    scales: torch.Tensor | None,
-    factors: torch.Tensor,
-    row_index: torch.Tensor | None,
-    branch_a: torch.Tensor | None,
-    branch_b: torch.Tensor | None,
-    branch_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    *more: torch.Tensor | None,
+    x: torch.Tensor, fmt: SiteFormat, held: tuple[Any, ...], bias: torch.Tensor | None, more: tuple[Any, ...] = ()
 ) -> torch.Tensor:
     """``MIXED_LINEAR`` without torch's dispatcher in between; for callers that ``may_skip_dispatcher``.
 
-    ``more``: zeros, offsets and group index of a site that is not in the default format.
+    ``held``: tensors of the format from codes to branch_scale; ``more``: zeros, offsets and group index of a site that is
+    not in the default one.
     """
-    _check(x, codes, fmt.columns)
+    _check(x, held[0], fmt.columns)
     flat = x.reshape(-1, fmt.columns)
     if not flat.shape[0]:
         return x.new_empty((*x.shape[:-1], fmt.rows))
-    held = codes, scales, factors, row_index, branch_a, branch_b, branch_scale
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             out = _run(flat, bias, fmt, held, more)
