@@ -33,11 +33,19 @@ def wide_bits(width):
 
 @triton.constexpr_function
 def parts(width, bfloat):
-    """What a weight is the sum of: triples (first bit in the code, bits of the wide plane, bits of the narrow one)."""
+    """What a weight is the sum of, each with numbers by name.
+
+    ``first``: its lowest bit in the code; ``wide``, ``narrow``: bits of either plane; ``to``: where ``first`` lies in half
+    a word for them to be the last digits of ``2**bits + code``; ``wide_mask``, ``narrow_mask``: those bits of a word.
+    """
     wide, narrow = PLANES[width][0], width - PLANES[width][0]
-    if not bfloat:
-        return [(0, wide, narrow)]
-    return [(first, min(4, wide), 0) for first in range(0, wide, 4)] + ([(wide, 0, narrow)] if narrow else [])
+    split = [(first, min(4, wide), 0) for first in range(0, wide, 4)] + ([(wide, 0, narrow)] if narrow else [])
+    found = []
+    for first, w, n in split if bfloat else [(0, wide, narrow)]:
+        to = (7 if bfloat else 10) - w - n
+        masks = {"wide_mask": ((1 << w) - 1 << to) * 0x10001, "narrow_mask": ((1 << n) - 1 << to + w) * 0x10001}
+        found.append({"first": first, "wide": w, "narrow": n, "to": to, **masks})
+    return found
 
 
 @triton.constexpr_function
@@ -174,13 +182,13 @@ def operand(wide, narrow, m, PART: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.
     """
     BFLOAT: tl.constexpr = m.dtype == tl.bfloat16
     WIDE: tl.constexpr = wide_bits(WIDTH)
-    FIRST: tl.constexpr = part(WIDTH, BFLOAT, PART, 0)
-    OF_WIDE: tl.constexpr = part(WIDTH, BFLOAT, PART, 1)
-    OF_NARROW: tl.constexpr = part(WIDTH, BFLOAT, PART, 2)
+    FIRST: tl.constexpr = part(WIDTH, BFLOAT, PART, "first")
+    OF_WIDE: tl.constexpr = part(WIDTH, BFLOAT, PART, "wide")
+    OF_NARROW: tl.constexpr = part(WIDTH, BFLOAT, PART, "narrow")
     BITS: tl.constexpr = OF_WIDE + OF_NARROW
-    TO: tl.constexpr = (7 if BFLOAT else 10) - BITS
-    WIDE_MASK: tl.constexpr = (((1 << OF_WIDE) - 1) << TO) * 0x10001
-    NARROW_MASK: tl.constexpr = (((1 << OF_NARROW) - 1) << (TO + OF_WIDE)) * 0x10001
+    TO: tl.constexpr = part(WIDTH, BFLOAT, PART, "to")
+    WIDE_MASK: tl.constexpr = part(WIDTH, BFLOAT, PART, "wide_mask")
+    NARROW_MASK: tl.constexpr = part(WIDTH, BFLOAT, PART, "narrow_mask")
     CENTRE: tl.constexpr = centre(WIDTH, FIRST, BITS)
     FUSED: tl.constexpr = fused(WIDTH, BFLOAT)
     scale = m * (1 << FIRST)

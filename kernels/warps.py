@@ -62,23 +62,20 @@ def pair(
     """One of the ``parts`` of a pair of weights, as a word."""
     BFLOAT: tl.constexpr = tl.bfloat16 == DTYPE
     WIDE: tl.constexpr = wide_bits(WIDTH)
-    FIRST: tl.constexpr = part(WIDTH, BFLOAT, PART, 0)
-    OF_WIDE: tl.constexpr = part(WIDTH, BFLOAT, PART, 1)
-    OF_NARROW: tl.constexpr = part(WIDTH, BFLOAT, PART, 2)
-    BITS: tl.constexpr = OF_WIDE + OF_NARROW
-    TO: tl.constexpr = (7 if BFLOAT else 10) - BITS
-    WIDE_MASK: tl.constexpr = (((1 << OF_WIDE) - 1) << TO) * 0x10001
-    NARROW_MASK: tl.constexpr = (((1 << OF_NARROW) - 1) << (TO + OF_WIDE)) * 0x10001
+    OF_WIDE: tl.constexpr = part(WIDTH, BFLOAT, PART, "wide")
+    OF_NARROW: tl.constexpr = part(WIDTH, BFLOAT, PART, "narrow")
+    TO: tl.constexpr = part(WIDTH, BFLOAT, PART, "to")
     AT: tl.constexpr = UNIT_OF_LANE * 4 + PAIR
     if OF_WIDE > 0:
-        w = placed(wide, AT * WIDE, FIRST, TO)
+        w = placed(wide, AT * WIDE, part(WIDTH, BFLOAT, PART, "first"), TO)
     if OF_NARROW > 0:
         n = placed(narrow, AT * (WIDTH - WIDE), 0, TO + OF_WIDE)
         if OF_WIDE == 0:
             w = n
     else:
         n = w
-    code = (w & WIDE_MASK) | (n & NARROW_MASK) | pattern(BITS, BFLOAT)
+    code = w & part(WIDTH, BFLOAT, PART, "wide_mask") | n & part(WIDTH, BFLOAT, PART, "narrow_mask")
+    code |= pattern(OF_WIDE + OF_NARROW, BFLOAT)
     if fused(WIDTH, BFLOAT):
         return affine(code, scale, offset, DTYPE)
     else:
@@ -89,8 +86,8 @@ def pair(
 def unit_scale(nibbles, UNIT_OF_LANE: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     """(m times the value of a part's lowest bit, what takes off the centre after it or, unless ``fused``, before)."""
     BFLOAT: tl.constexpr = tl.bfloat16 == DTYPE
-    FIRST: tl.constexpr = part(WIDTH, BFLOAT, PART, 0)
-    BITS: tl.constexpr = part(WIDTH, BFLOAT, PART, 1) + part(WIDTH, BFLOAT, PART, 2)
+    FIRST: tl.constexpr = part(WIDTH, BFLOAT, PART, "first")
+    BITS: tl.constexpr = part(WIDTH, BFLOAT, PART, "wide") + part(WIDTH, BFLOAT, PART, "narrow")
     ONE: tl.constexpr = 128 if BFLOAT else 1024
     # m - 1 in the lowest bits of ONE's mantissa
     n = ((nibbles >> (4 * UNIT_OF_LANE)) & 15) * 0x10001 + pattern(7 if BFLOAT else 10, BFLOAT)
