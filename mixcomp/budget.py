@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mixcomp.errors import BudgetError
-from mixcomp.format import WIDTHS, Segment, SiteFormat
+from mixcomp.format import GROUP, WIDTHS, Scales, Segment, SiteFormat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -41,13 +41,16 @@ class Limits:
         )
 
 
-def row_bits(rows: int, columns: int, width: int, index: bool, count: str = "stored") -> int:
-    """Bits one row adds to its site: codes with padding, group scales, row factor, row index if it needs one.
+def row_bits(
+    rows: int, columns: int, width: int, index: bool, count: str = "stored", group: int = GROUP,
+    scales: Scales = Scales.TWO_LEVEL,
+) -> int:  # fmt: skip
+    """Bits one row adds to its site: codes with padding, scales and zeros, row factor, row index if it needs one.
 
     With ``count="payload"`` codes of real weights only.  Rows never share a byte, so a site without a side branch costs
     exactly the sum of its rows.
     """
-    fmt = SiteFormat(1, columns, (Segment(1, width),))
+    fmt = SiteFormat(1, columns, (Segment(1, width),), group=group, scales=scales)
     if count == "payload":
         return fmt.payload_bits()
     index_bits = SiteFormat(rows, columns, (Segment(rows, width),)).index_dtype.itemsize * 8
@@ -59,9 +62,12 @@ def original_bits(site: Site) -> int:
     return site.rows * site.columns * site.weight.dtype.itemsize * 8
 
 
-def row_span(site: Site, narrow: int, wide: int, index: bool, count: str = "stored") -> tuple[int, int]:
-    """Bits of a site with all rows at one width and with all at another, the latter with an index if it needs one."""
-    least, most = (row_bits(site.rows, site.columns, w, i, count) for w, i in ((narrow, False), (wide, index)))
+def row_span(site: Site, narrow: int, wide: int, index: bool, *form: Any) -> tuple[int, int]:
+    """Bits of a site with all rows at one width and with all at another, the latter with an index if it needs one.
+
+    ``form``: what else ``row_bits`` takes.
+    """
+    least, most = (row_bits(site.rows, site.columns, w, i, *form) for w, i in ((narrow, False), (wide, index)))
     return site.rows * least, site.rows * most
 
 

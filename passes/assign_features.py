@@ -10,6 +10,7 @@ import torch
 
 from mixcomp.budget import row_span
 from mixcomp.errors import BudgetError, ConfigError
+from mixcomp.format import GROUP, Scales
 from mixcomp.passes.decision import Assignment, Decision, Decisions
 from mixcomp.passes.mixllm import check_widths, losses_of, widths_by_share
 from mixcomp.passes.rows import RowShop, Widths
@@ -35,16 +36,24 @@ class AssignFeatures(Assignment):
         budget, fixed: see ``Assignment``.
         widths: falling; those that ``score-features`` scored.
         shares: of all features, for every width but the narrowest; empty: whatever the budget buys.
+        group, scale_kind: columns of a group, and 0 for two-level scales or 1 for an fp16 scale and, below 8 bits, an
+            integer zero per group; 128 and 1 are the paper's.
     """
 
     name: ClassVar[str] = "assign-features"
 
     widths: tuple[int, ...] = (8, 4)
     shares: tuple[float, ...] = ()
+    group: int = GROUP
+    scale_kind: int = 0
+
+    @property
+    def form(self) -> tuple[str, int, Scales]:
+        return self.budget.count, self.group, Scales(self.scale_kind)
 
     def span(self, site: Site, index: bool) -> tuple[int, int]:
         check_widths(self.widths)
-        return row_span(site, self.widths[-1], self.widths[0], index, self.budget.count)
+        return row_span(site, self.widths[-1], self.widths[0], index, *self.form)
 
     def decide(
         self, program: Program, sites: tuple[Site, ...], index: Mapping[str, bool], room: int, context: Context
@@ -52,14 +61,14 @@ class AssignFeatures(Assignment):
         if not sites:
             return Decisions({})
         losses = {s.name: losses_of(self._scores(program, s)) for s in sites}
-        shop = RowShop(losses, sites, self.widths[::-1], index, self.budget.count)
+        shop = RowShop(losses, sites, self.widths[::-1], index, *self.form)
         price = gap = 0.0
         if self.shares:
             parts = self._by_share(program, sites)
         else:
             bought, parts = shop.settle(room)
             price, gap = bought.price, bought.gap
-        made = {s.name: Decision(parts[s.name]) for s in sites}
+        made = {s.name: Decision(parts[s.name], 0, *self.form[1:]) for s in sites}
         if self.shares:
             self._refuse_overspending(made, sites, index, room)
         return Decisions(made, sum(shop.loss(s, parts[s.name]) for s in sites), price, gap)

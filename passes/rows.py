@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ class RowShop:
     """What the rows of some sites lose and cost, and everything that can be bought for them.
 
     ``losses`` are fp64[rows, widths] per site, ``widths`` rise, ``index`` tells per site whether mixed rows need a row
-    index, ``count`` which bits are counted.
+    index, ``form`` which bits are counted, of a group and kind of scales: what else ``budget.row_bits`` takes.
     """
 
     def __init__(
@@ -29,11 +30,11 @@ class RowShop:
         sites: Sequence[Site],
         widths: Sequence[int],
         index: Mapping[str, bool],
-        count: str,
+        *form: Any,
     ) -> None:
         self.losses = {s.name: losses[s.name].double().cpu() for s in sites}
-        self.sites, self.widths, self.index, self.count = sites, torch.tensor(widths, dtype=torch.uint8), index, count
-        costs = [[row_bits(s.rows, s.columns, w, index[s.name], count) for w in widths] for s in sites]
+        self.sites, self.widths, self.index, self.form = sites, torch.tensor(widths, dtype=torch.uint8), index, form
+        costs = [[row_bits(s.rows, s.columns, w, index[s.name], *form) for w in widths] for s in sites]
         rows = torch.tensor([s.rows for s in sites])
         joined = torch.cat([self.losses[s.name] for s in sites])
         self.offers = Offers.of(joined, torch.tensor(costs).repeat_interleave(rows, 0))
@@ -49,7 +50,7 @@ class RowShop:
             settled |= {name: parts.pop(name) for name in single}
             for s in (s for s in sites if s.name in single):
                 width = int(settled[s.name][0])
-                budget -= row_span(s, width, width, False, self.count)[0]
+                budget -= row_span(s, width, width, False, *self.form)[0]
             if not single or not parts:
                 break
             left = torch.tensor([s.name not in single for s in sites])

@@ -17,7 +17,8 @@ from mixcomp import manager
 from mixcomp.budget import row_bits
 from mixcomp.config import Budget
 from mixcomp.errors import BudgetError, CalibrationError, ConfigError
-from mixcomp.passes import CollectStatistics, mixllm, score_features
+from mixcomp.format import Scales
+from mixcomp.passes import CollectStatistics, QuantizeWeights, ReorderFeatures, mixllm, score_features
 from mixcomp.passes.assign_features import AssignFeatures
 from mixcomp.passes.mixllm import losses_of, taylor_salience, widths_by_share
 from mixcomp.passes.rounding import round_range
@@ -195,6 +196,24 @@ def test_the_budget_buys_salience_per_stored_bit(scored: Program, budget: float)
         bits += int(found.tensor(site.name, "planned_bits"))
         weights += site.rows * site.columns
     assert 0.97 * budget * weights < bits <= budget * weights
+
+
+@pytest.mark.parametrize("budget", [4.7, 6.0])
+def test_the_papers_form(scored: Program, budget: float) -> None:
+    """4 bits with a zero, 8 without, an fp16 scale for 128 columns: stored as planned, within the budget."""
+    found = assigned(scored, AssignFeatures(Budget(budget), group=128, scale_kind=1))
+    done = manager.run(found, (ReorderFeatures(), QuantizeWeights()), context(MODEL), level=2)
+    bits = weights = 0
+    for site in done.open_sites():
+        assert (site.layout.group, site.layout.scales) == (128, Scales.FLOAT_GROUP)
+        assert {segment.width for segment in site.layout.segments} <= {4, 8}
+        assert [site.layout.zero_bits(segment) for segment in site.layout.segments] == [
+            4 if segment.width == 4 else 0 for segment in site.layout.segments
+        ]
+        bits += int(done.tensor(site.name, "planned_bits"))
+        weights += site.rows * site.columns
+    assert 0.97 * budget * weights < bits <= budget * weights
+    assert row_bits(4096, 4096, 4, False, "stored", 128, Scales.FLOAT_GROUP) == 4096 * (4 + (16 + 4) / 128)
 
 
 def test_the_papers_count_decides_and_the_budget_refuses(scored: Program) -> None:

@@ -11,7 +11,7 @@ from mixcomp import manager
 from mixcomp.budget import limits, row_bits
 from mixcomp.config import Budget
 from mixcomp.errors import BudgetError, ConfigError
-from mixcomp.format import WIDTHS, SiteFormat, runs
+from mixcomp.format import GROUPS, WIDTHS, Scales, SiteFormat, runs
 from mixcomp.packed import PackedWeight
 from mixcomp.passes import (
     AnnotateSalience,
@@ -107,9 +107,11 @@ def test_the_floor_is_reached_and_stored(priced: Program) -> None:
     assert weights == bounds.weights
 
 
-@given(st.integers(1, 300), st.sampled_from(WIDTHS), st.booleans())
-def test_row_bits_add_up_to_the_format(columns: int, width: int, index: bool) -> None:
+@given(
+    st.integers(1, 300), st.sampled_from(WIDTHS), st.booleans(), st.sampled_from(GROUPS), st.sampled_from([*Scales])
+)  # fmt: skip
+def test_row_bits_add_up_to_the_format(columns: int, width: int, index: bool, group: int, scales: Scales) -> None:
     rows = 7
-    fmt = SiteFormat(rows, columns, runs([width] * rows), scatter=index)
-    assert rows * row_bits(rows, columns, width, index) == fmt.stored_bits()
-    assert rows * row_bits(rows, columns, width, index, "payload") == fmt.payload_bits()
+    fmt = SiteFormat(rows, columns, runs([width] * rows), scatter=index, group=group, scales=scales)
+    assert rows * row_bits(rows, columns, width, index, "stored", group, scales) == fmt.stored_bits()
+    assert rows * row_bits(rows, columns, width, index, "payload", group, scales) == fmt.payload_bits()
