@@ -23,6 +23,8 @@ others seconds: give them a call of their own where calls are limited.
     columns by row / by site   column profiles added (benchmarks/columns.py)
     balanced, best             gradient stages on top of ``joint``, learned from the given text alone
     uniform, mixllm, ...       the baseline and the papers' strategies; ``slim balanced`` with tune-clipping
+    mixllm float               as published: an fp16 scale for 128 columns, zeros below 8 bits
+    mixllm float, 8 bits       ... and activations of 8 bits with such scales, as published too
     gate                       mixcomp.compile as it is, effort fast; the row says which strategy was taken
 """
 
@@ -55,7 +57,9 @@ from mixcomp.passes import (
     TuneModel,
     refine,
 )
+from mixcomp.passes.assign_features import AssignFeatures
 from mixcomp.passes.directions import MAX_DIRECTIONS
+from mixcomp.passes.score_features import ScoreFeatures
 from mixcomp.passes.strategies import passes_of
 from mixcomp.program import Program
 
@@ -118,6 +122,11 @@ class Bench:
     def strategy(self, name: str, budget: float) -> Program:
         measuring, deciding = passes_of(name, Budget(budget), (), 65536)
         return self.setting.run(self.setting.program, *measuring, deciding)
+
+    def published(self, budget: float) -> Program:
+        """MixLLM in its own form."""
+        assign = AssignFeatures(Budget(budget), group=128, scale_kind=1)
+        return self.setting.run(self.setting.program, ScoreFeatures(group=128), assign)
 
     def nearest(self, budget: float) -> Program:
         """Rounding to nearest is GPTQ that knows of no correlations."""
@@ -190,6 +199,8 @@ def rows_of(bench: Bench) -> dict[str, Callable[[float], Program]]:
         **{label: after(partial(bench.form, form)) for label, form in OTHER_FORMS.items()},
         "uniform": after(lambda b: bench.joint(b, None, "uniform")),
         "mixllm": after(partial(bench.strategy, "mixllm")),
+        "mixllm float": after(bench.published),
+        "mixllm float, 8 bits": after(bench.published),
         "slim": after(partial(bench.strategy, "slim")),
         "amlq": after(partial(bench.strategy, "amlq")),
         "nearest rounding": bench.nearest,
@@ -225,7 +236,11 @@ def one(setting: Setting, name: str, budget: float, rows: Mapping[str, Callable[
     setting.stages.clear()
     program = rows[name](budget)
     steps = [step.spec.partition("{")[0] for step in program.history if step.changed]
-    return {**setting.judged(program), "stages": dict(setting.stages), "changed_by": steps}
+    return {
+        **setting.judged(program, eight_bit=name.endswith("8 bits")),
+        "stages": dict(setting.stages),
+        "changed_by": steps,
+    }
 
 
 def main(given: list[str] | None = None) -> None:

@@ -14,7 +14,8 @@ import json
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -159,6 +160,27 @@ class Results:
             self.out.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
 
 
+def eight_bits(x: torch.Tensor, group: int = 128) -> torch.Tensor:
+    """Activations [..., columns] rounded as MixLLM does: int8 with an fp16 scale for a token and ``group`` columns."""
+    columns = x.shape[-1]
+    parts = torch.nn.functional.pad(x.float(), (0, -columns % group)).unflatten(-1, (-1, group))
+    scale = (parts.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-5).half().float()
+    rounded = (parts / scale).round().clamp(-127, 127) * scale
+    return rounded.flatten(-2)[..., :columns].to(x.dtype)
+
+
+@contextmanager
+def eight_bit_inputs(model: Any, sites: Iterable[Site]) -> Iterator[None]:
+    """Some linears of a model read ``eight_bits`` of their input."""
+    modules = {id(m): m for m in (model.get_submodule(s.weight.key.rpartition(".")[0]) for s in sites)}
+    hooks = [m.register_forward_pre_hook(lambda _, args: (eight_bits(args[0]), *args[1:])) for m in modules.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @dataclass(slots=True, eq=False)
 class Judge:
     """KL(original || weights put in their place), on windows of texts; ``base`` is the model that was captured."""
@@ -188,10 +210,11 @@ class Judge:
             exact = self.base.get_parameter(site.weight.key)
             place.copy_(exact if own is None else own.t() if site.weight.transposed else own)
 
-    def score(self, program: Program, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def score(self, program: Program, weights: Mapping[str, torch.Tensor], eight_bit: bool = False) -> dict[str, Any]:
         """Name of a text -> perplexity, KL, agreement of the top token, with the program's norms."""
         self.install(program.sites, weights, program.norms())
-        return self.score_model(self.student)
+        with eight_bit_inputs(self.student, program.open_sites() if eight_bit else ()):
+            return self.score_model(self.student)
 
     def score_model(self, model: Any) -> dict[str, Any]:
         return {name: evaluate(model, text, self.original).to_json() for name, text in self.windows.items()}
@@ -246,8 +269,9 @@ class Setting:
         scaled = any(key.endswith("/scale") for key in program.tensors)
         return self.run(program, *quantizing_of("joint" if scaled else "mixllm"))
 
-    def judged(self, program: Program) -> dict[str, Any]:
-        """Bits, predicted loss, the same loss of the stored weights, and scores of a quantized program."""
+    def judged(self, program: Program, *, eight_bit: bool = False) -> dict[str, Any]:
+        """Bits, predicted loss, the same loss of the stored weights, and scores of a quantized program, if asked for with
+        activations of 8 bits."""
         weights = dequantized(program, self.context.device)
         scales = {key: t for key, t in program.tensors.items() if key.endswith(("/scale", "/row_scale"))}
         total, bits = sum(s.rows * s.columns for s in program.sites if s.in_scope), stored_bits(program)
@@ -257,7 +281,7 @@ class Setting:
             "mean_width": mean_width(program),
             "predicted_loss": float(program.tensors["budget/loss"]),
             "second_order_loss": second_order(self.program.with_tensors(scales), weights, self.context.device),
-            "scores": self.judge.score(program, weights),
+            "scores": self.judge.score(program, weights, eight_bit),
         }
 
 

@@ -84,6 +84,27 @@ def test_ablation(tiny: Path, tmp_path: Path, load: Any) -> None:
     assert losses["gamma: one constant"] > losses["joint"]
 
 
+def test_activations_of_eight_bits(tiny: Path, tmp_path: Path, load: Any) -> None:
+    """Against the definition, one group at a time; a row of the ablation is judged with them, and only that."""
+    common = load("common")
+    x = torch.randn(3, 2, 300, generator=torch.Generator().manual_seed(0))
+    x[1, 0, 130:140] *= 50
+    x[0, 1] = 0
+    found = common.eight_bits(x)
+    for start in (0, 128, 256):
+        part = x[..., start : start + 128]
+        step = (part.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-5).half().float()
+        codes = found[..., start : start + 128] / step
+        assert torch.allclose(codes, codes.round(), atol=1e-3)
+        assert bool(((found[..., start : start + 128] - part).abs() <= 0.502 * step).all())
+    out = tmp_path / "ablation.json"
+    load("ablation").main(arguments(tiny, out, "--budgets", "5.0", "--rows", "mixllm float", "mixllm float, 8 bits"))
+    plain, rounded = rows_of(out)
+    assert plain["stored_bits_per_weight"] == rounded["stored_bits_per_weight"]
+    assert plain["second_order_loss"] == rounded["second_order_loss"]
+    assert kl(rounded) != kl(plain)
+
+
 def test_accuracy(tiny: Path, tmp_path: Path, load: Any) -> None:
     out = tmp_path / "accuracy.json"
     load("accuracy").main(arguments(tiny, out, "--budgets", "4.0", "--methods", "joint:fast", "slim"))
