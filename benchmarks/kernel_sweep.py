@@ -44,7 +44,6 @@ Best = dict[tuple[int, str], Tile]
 class Job:
     """A kernel to compile and check: ``few`` cases for what only has to be in the cache before it is timed."""
 
-    kernel: str
     tile: Tile
     widths: tuple[int, ...] = WIDTHS
     dtype: torch.dtype = torch.float16
@@ -84,7 +83,7 @@ def is_exact(job: Job, rows: int, columns: int, tokens: int, seed: int) -> bool:
     weight, x, bias = dyadic(Case(fmt, tokens, job.dtype, job.dtype, seed))
     tensors = {n: None if t is None else t.to(sites.DEVICE) for n, t in sites.operands(weight).items()}
     moved = [t.to(sites.DEVICE) for t in (x, bias)]
-    run = sites.KERNELS[job.kernel]
+    run = sites.KERNELS["fused"]
     outs = [
         run(moved[0], **tensors, bias=moved[1], fmt=fmt, tile=job.tile) for _ in range(2)
     ]  # anew, and as found before
@@ -95,13 +94,13 @@ def own_jobs() -> list[Job]:
     """What the product chooses by itself, in every type."""
     halves = (torch.float16, torch.bfloat16)
     chosen = {replace(tile, programs=1) for table in tiles.TABLE.values() for tile in table.values()}
-    jobs = [Job("fused", tile, dtype=dtype) for tile in chosen for dtype in halves]
-    return [*jobs, Job("fused", tiles.FP32, dtype=torch.float32)]
+    jobs = [Job(tile, dtype=dtype) for tile in chosen for dtype in halves]
+    return [*jobs, Job(tiles.FP32, dtype=torch.float32)]
 
 
 def sweep_jobs() -> list[Job]:
     """Everything that ``sweep`` times."""
-    return [Job("fused", Tile(*n, programs=1)) for row in SWEEP.values() for n in row]
+    return [Job(Tile(*n, programs=1)) for row in SWEEP.values() for n in row]
 
 
 def timed_jobs(kinds: Sequence[str], best: Mapping[tuple[int, str], Tile]) -> list[Job]:
@@ -109,7 +108,7 @@ def timed_jobs(kinds: Sequence[str], best: Mapping[tuple[int, str], Tile]) -> li
     won = set(best.values()) or {job.tile for job in own_jobs() if job.dtype == torch.float16}
     several = any(len(sites.KINDS[kind]) > 1 for kind in kinds)
     widths = {(*sites.KINDS[kind],) for kind in kinds if len(sites.KINDS[kind]) == 1} | ({WIDTHS} if several else set())
-    return [Job("fused", tile, each, few=True) for tile in won for each in widths]
+    return [Job(tile, each, few=True) for tile in won for each in widths]
 
 
 def check_all(jobs: Iterable[Job]) -> None:

@@ -17,12 +17,6 @@ from mixcomp.kernels.operand import INTERPRETED
 
 
 @triton.constexpr_function
-def kind(bfloat):
-    """Two halves in PTX."""
-    return "bf16x2" if bfloat else "f16x2"
-
-
-@triton.constexpr_function
 def load_assembly(count, once):
     """Read-only words, zero where the predicate is; what is read once does not push anything out of the L1."""
     outs = ", ".join(f"${i}" for i in range(count))
@@ -84,7 +78,7 @@ def twice(value, bfloat):
 @triton.constexpr_function
 def affine_assembly(bfloat):
     """One fused multiply-add."""
-    return f"fma.rn.{kind(bfloat)} $0, $1, $2, $3;"
+    return f"fma.rn.{'bf16x2' if bfloat else 'f16x2'} $0, $1, $2, $3;"
 
 
 @triton.jit

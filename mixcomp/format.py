@@ -88,6 +88,10 @@ class Scales(IntEnum):
     def text(self) -> str:
         return self.name.lower().replace("_", "-")
 
+    @classmethod
+    def _missing_(cls, value: object) -> Scales:
+        raise FormatError(f"kind of scales {value!r} is none of {[int(one) for one in cls]}: give one of them")
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -359,10 +363,9 @@ def from_constants(
                 order = next(numbers)
                 profile = [(next(numbers), next(numbers)) for _ in range(next(numbers))]
             segments.append(Segment(rows, width or max(profile)[0], tuple(profile), order))
-        kind = Scales(scales)
     except (StopIteration, RuntimeError, ValueError) as error:
-        raise FormatError(f"constants {list(constants)[:20]} and scales {scales} describe no segments") from error
-    return SiteFormat(sum(s.rows for s in segments), columns, tuple(segments), scatter, rank, group, kind)
+        raise FormatError(f"constants {list(constants)[:20]} describe no segments") from error
+    return SiteFormat(sum(s.rows for s in segments), columns, tuple(segments), scatter, rank, group, Scales(scales))
 
 
 def blocks(count: int, size: int) -> int:
@@ -389,9 +392,7 @@ def _segment(item: object) -> Segment:
             if all(isinstance(p, list) and len(p) == 2 and all(type(n) is int for n in p) for p in pairs):
                 profile = tuple((width, columns) for width, columns in pairs)
                 return Segment(rows, max(profile)[0], profile, order)
-    raise FormatError(
-        f"site format field 'segments' holds [rows, width] pairs or [rows, profile, order], got {item!r:.200}"
-    )
+    raise FormatError(f"site format: 'segments' holds [rows, width] pairs or [rows, profile, order], got {item!r:.200}")
 
 
 def runs(widths: list[int]) -> tuple[Segment, ...]:

@@ -36,7 +36,6 @@ def test_the_command_up_to_the_clock(tmp_path, monkeypatch, capsys):
     assert len(found["rows"]) == 2 * 2
     assert all(row[kernel] == 1.0 for row in found["rows"] for kernel in sites.KERNELS), found["rows"]
     assert [best[:2] for best in found["best"]] == [[1, "a"], [8, "a"]]
-    assert {job.kernel for job in checked} == {"fused"}
     assert {job.widths for job in checked} == {WIDTHS, (4,)}
     told = capsys.readouterr().out.partition("TABLE: ")[2]
     for row, tile in tiles.TABLE[tiles.shape_class(90, 384)].items():
@@ -46,8 +45,8 @@ def test_the_command_up_to_the_clock(tmp_path, monkeypatch, capsys):
 
 def test_the_check_of_the_command(monkeypatch):
     monkeypatch.setattr(sites, "DEVICE", "cpu")
-    assert sweep.is_exact(sweep.Job("fused", ONE), 40, 512, 1, 1)
-    assert "power" in sweep.check_job(sweep.Job("fused", dataclasses.replace(ONE, tokens=3)))
+    assert sweep.is_exact(sweep.Job(ONE), 40, 512, 1, 1)
+    assert "power" in sweep.check_job(sweep.Job(dataclasses.replace(ONE, tokens=3)))
 
 
 def test_a_row_serves_up_to_its_tokens():

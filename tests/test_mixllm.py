@@ -16,7 +16,7 @@ from families import build as family
 from mixcomp import manager
 from mixcomp.budget import row_bits
 from mixcomp.config import Budget
-from mixcomp.errors import BudgetError, CalibrationError, ConfigError
+from mixcomp.errors import BudgetError, CalibrationError, ConfigError, FormatError
 from mixcomp.format import Scales
 from mixcomp.passes import CollectStatistics, QuantizeWeights, ReorderFeatures, mixllm, score_features
 from mixcomp.passes.assign_features import AssignFeatures
@@ -214,6 +214,13 @@ def test_the_papers_form(scored: Program, budget: float) -> None:
         weights += site.rows * site.columns
     assert 0.97 * budget * weights < bits <= budget * weights
     assert row_bits(4096, 4096, 4, False, "stored", 128, Scales.FLOAT_GROUP) == 4096 * (4 + (16 + 4) / 128)
+
+
+def test_forms_that_do_not_exist_are_refused(scored: Program) -> None:
+    with pytest.raises(FormatError, match="kind of scales 5 is none of"):
+        assigned(scored, AssignFeatures(Budget(6.0), scale_kind=5))
+    with pytest.raises(FormatError, match="group"):
+        assigned(scored, AssignFeatures(Budget(6.0), group=48))
 
 
 def test_the_papers_count_decides_and_the_budget_refuses(scored: Program) -> None:
