@@ -7,6 +7,7 @@ Calibration windows come in equal numbers from every text given.  A method is ST
 Every row is one compilation from the command line's own functions, saved to a temporary folder, its bits recounted from
 the bytes of the tensors on disk, loaded again, and judged against the original: KL(original || compiled) in nats a token,
 top-1 agreement and perplexity on non-overlapping windows of 2048 tokens, no BOS, the incomplete tail dropped.
+``scores_int8`` are those of the same model with ``activations="int8"``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from safetensors import safe_open
 import mixcomp
 from mixcomp.evaluate import evaluate
 from mixcomp.format import NAMES
+from mixcomp.lowering.module import MixedLinear
 from mixcomp.sources import load_original, load_tokenizer, pick_device
 
 
@@ -62,10 +64,15 @@ def one(
     if bits > totals["stored_bits"]:  # fewer where a planned side branch did not help
         raise RuntimeError(f"the plan counts {totals['stored_bits']} bits, the files hold {bits}")
     scores = {name: evaluate(model, text, original).to_json() for name, text in windows.items()}
+    for module in model.modules():
+        if isinstance(module, MixedLinear):
+            module.activations = "int8"
+    rounded = {name: evaluate(model, text, original).to_json() for name, text in windows.items()}
     return {
         "stored_bits_per_weight": bits / totals["weights"],
         "payload_bits_per_weight": totals["payload_bits"] / totals["weights"],
         "scores": scores,
+        "scores_int8": rounded,
         "compile_seconds": round(seconds, 1),
         "stages": report["stages"],
         "gate": report.get("gate"),

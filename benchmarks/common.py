@@ -31,6 +31,7 @@ from mixcomp.calibration import Calibration, resolve
 from mixcomp.capture import capture
 from mixcomp.errors import MixCompError
 from mixcomp.evaluate import evaluate, text_windows
+from mixcomp.lowering.int8 import round_groups
 from mixcomp.passes import CollectStatistics
 from mixcomp.passes.directions import error_loss
 from mixcomp.passes.strategies import quantizing_of
@@ -160,13 +161,9 @@ class Results:
             self.out.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
 
 
-def eight_bits(x: torch.Tensor, group: int = 128) -> torch.Tensor:
-    """Activations [..., columns] rounded as MixLLM does: int8 with an fp16 scale for a token and ``group`` columns."""
-    columns = x.shape[-1]
-    parts = torch.nn.functional.pad(x.float(), (0, -columns % group)).unflatten(-1, (-1, group))
-    scale = (parts.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-5).half().float()
-    rounded = (parts / scale).round().clamp(-127, 127) * scale
-    return rounded.flatten(-2)[..., :columns].to(x.dtype)
+def eight_bits(x: torch.Tensor) -> torch.Tensor:
+    """Activations [..., columns] rounded as MixLLM does: int8 with an fp16 scale for a token and 128 columns."""
+    return round_groups(x.flatten(0, -2)).view(x.shape).to(x.dtype)
 
 
 @contextmanager

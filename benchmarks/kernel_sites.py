@@ -22,7 +22,7 @@ from mixcomp.lowering.module import MixedLinear
 from mixcomp.packed import PackedWeight
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-TOKENS = (1, 4, 16, 32, 64, 128, 256)
+TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
 #: kind -> width -> share of the rows
 KINDS = {
     "4.16 uniform": {4: 1.0},
@@ -32,13 +32,16 @@ KINDS = {
 }
 DEVICE = "cuda"
 TRAFFIC = 160e6
-#: relative, of a whole output; fp16 outputs are rounded at 5e-4
-TOLERANCE = 1e-3
-#: name -> the call (x, tensors by name, bias=, fmt=, tile=): one kernel, and the weight expanded for cuBLAS
+#: relative, of a whole output; fp16 outputs are rounded at 5e-4, 8-bit activations and rows at 1e-2
+TOLERANCE = {"fused": 1e-3, "expanded": 1e-3, "int8": 2e-2}
+#: name -> the call (x, tensors by name, bias=, fmt=, tile=): one kernel, the weight expanded for cuBLAS, 8-bit integers
 KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     "fused": launch.mixed_linear,
     "expanded": lambda *args, tile=None, **named: launch.expanded_linear(*args, **named),
+    "int8": lambda *args, tile=None, **named: launch.int8_linear(*args, **named),
 }
+#: name -> tokens for which it is timed: the decode kernel is not made for prompts, nor the others for single tokens
+FOR = {"fused": range(257), "expanded": range(32, 1 << 20), "int8": range(64, 1 << 20)}
 Calls = list[Callable[[], torch.Tensor]]
 Tensors = dict[str, torch.Tensor | None]
 
@@ -82,7 +85,7 @@ class Site:
             calls = self.calls(kernel, x, tile)
             for call in (calls[0], calls[0]):
                 error = ((call().float() - wanted).norm() / wanted.norm()).item()
-                if not error <= TOLERANCE:
+                if not error <= TOLERANCE[kernel]:
                     return f"WRONG {error:.1e}"
             return median_time(calls, seconds)
         except Exception as problem:  # a tile that does not fit is a result, and the rest is worth its time
@@ -129,13 +132,23 @@ def _replay(graph: torch.cuda.CUDAGraph, times: int) -> list[float]:
 
 
 def library_times(rows: int, columns: int, tokens: int) -> dict[str, float]:
-    """cuBLAS in fp16 and bf16, tinygemm's 4 bits with groups of 128."""
+    """cuBLAS in fp16 and bf16, in int8 and fp8 without what rounds the activations, tinygemm's 4 bits in groups of 128."""
     times = {}
     count = math.ceil(TRAFFIC / (2 * rows * columns)) + 1
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         x = torch.randn(tokens, columns, dtype=dtype, device=DEVICE)
         weights = [torch.randn(rows, columns, dtype=dtype, device=DEVICE) for _ in range(count)]
         times[name] = median_time([partial(torch.nn.functional.linear, x, w) for w in weights])
+    if tokens > 16:  # their least
+        count = math.ceil(TRAFFIC / (rows * columns)) + 1
+        x = torch.ones(tokens, columns, dtype=torch.int8, device=DEVICE)
+        eights = [torch.ones(rows, columns, dtype=torch.int8, device=DEVICE) for _ in range(count)]
+        times["_int_mm"] = median_time([partial(torch._int_mm, x, w.t()) for w in eights])
+        one, fp8 = torch.ones((), device=DEVICE), torch.float8_e4m3fn
+        mm = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.float16)
+        times["fp8"] = median_time([partial(mm, x.to(fp8), w.to(fp8).t()) for w in eights])
+    if tokens > 256:
+        return times
     try:
         count = math.ceil(TRAFFIC / (rows * columns / 2)) + 1
         packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device="cuda")

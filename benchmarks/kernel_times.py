@@ -5,7 +5,7 @@
 The layer is qkv + o + gate_up + down, one launch each (``kernel_sites`` says how a launch is timed).  First every kernel
 runs on data whose results are known exactly.  ``--sweep`` times tiles on the 4.4-bit mix, uses the best of each shape from
 there on, and prints them as the source of ``TABLE`` in kernels/tiles.py.  Where "expanded" overtakes "fused" is where
-``lowering.select.MAX_FUSED_TOKENS`` belongs.
+``lowering.select.MAX_FUSED_TOKENS`` belongs.  "int8" counts the rounding of activations and weights in.
 
 The file is not called kernels.py: transformers imports any module of that name that it finds beside a script.
 """
@@ -44,7 +44,8 @@ def layer(kinds: Sequence[str], best: Best) -> Iterator[dict[str, Any]]:
                 times: Times = {}
                 tile = best.get((sweep.row_of(sweep.BUCKETS, tokens), shape))
                 for kernel in KERNELS:
-                    times[kernel] = site.time(kernel, x, tile)
+                    if tokens in sites.FOR[kernel]:
+                        times[kernel] = site.time(kernel, x, tile)
                 floor = (bits / 8 + 2 * tokens * (height + columns)) / BANDWIDTH
                 times |= {**peers[tokens], "floor": floor}
                 told = (f"{name} {t if isinstance(t, str) else round(t, 1)}" for name, t in times.items())
@@ -56,9 +57,9 @@ def layer(kinds: Sequence[str], best: Best) -> Iterator[dict[str, Any]]:
 def summary(rows: list[dict[str, Any]]) -> None:
     """Sums over the layer."""
     print("a layer: us; ratio to cuBLAS in fp16; part of the floor (the time of reading everything once)")
-    names = [name for name in rows[0] if name not in ("shape", "kind", "tokens", "bits")]
     for kind, tokens in dict.fromkeys((row["kind"], row["tokens"]) for row in rows):
         own = [row for row in rows if (row["kind"], row["tokens"]) == (kind, tokens)]
+        names = [name for name in own[0] if name not in ("shape", "kind", "tokens", "bits")]
         total = {name: sum(_number(row.get(name)) for row in own) for name in names}
         for name, took in total.items():
             told = f"{took:8.1f} us  {total['fp16'] / took:5.2f} x  {total['floor'] / took:4.0%}"

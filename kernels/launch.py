@@ -21,7 +21,7 @@ import triton
 
 from mixcomp.errors import InputError
 from mixcomp.format import BLOCK, blocks
-from mixcomp.kernels import tiles
+from mixcomp.kernels import int8, tiles
 from mixcomp.kernels.expand import expand_kernel
 from mixcomp.kernels.gemm import VECTOR, mixed_linear_kernel
 from mixcomp.kernels.side_branch import project_kernel
@@ -35,7 +35,9 @@ INTERPRETED = not isinstance(mixed_linear_kernel, triton.JITFunction)
 #: streams that have counters of their own, and tiles that each of them can count
 STREAMS, COUNTERS = 64, 4096
 #: row blocks of a program that expands a weight, and its warps: each takes a column block
-EXPAND_BLOCKS, EXPAND_WARPS = 2, 4
+EXPAND_BLOCKS, EXPAND_WARPS = 1, 4
+#: a product is rounded before anything is added to it, as in plain torch: codes are the same everywhere
+SEPARATE = {"enable_fp_fusion": False}
 UNIT = VECTOR.value
 
 Maybe = torch.Tensor | None
@@ -160,16 +162,35 @@ def expanded(
     The tensors are those of ``SiteFormat.fragments``; exact in fp32, else rounded once.
     """
     out = torch.empty(fmt.rows, fmt.columns, dtype=dtype, device=words.device)
+    _expand(words, nibbles, factors, row_index, out, None, fmt)
+    return out
+
+
+def int8_rows(
+    words: torch.Tensor, nibbles: torch.Tensor, factors: torch.Tensor, row_index: Maybe, fmt: SiteFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in 8-bit codes: int8[rows, columns padded to 128], units fp32[rows] (``lowering.int8.round_rows``)."""
+    padded = blocks(fmt.columns, BLOCK[1]) * BLOCK[1]
+    out = torch.empty(fmt.rows, padded, dtype=torch.int8, device=words.device)
+    units = torch.empty(fmt.rows, dtype=torch.float32, device=words.device)
+    _expand(words, nibbles, factors, row_index, out, units, fmt)
+    return out, units
+
+
+def _expand(
+    words: torch.Tensor, nibbles: torch.Tensor, factors: torch.Tensor, row_index: Maybe, out: torch.Tensor,
+    units: Maybe, fmt: SiteFormat,
+) -> None:  # fmt: skip
     entries = table(fmt, BLOCK[0] * EXPAND_BLOCKS, words.device)
-    across, aligned = blocks(fmt.columns, BLOCK[1]), fmt.columns % UNIT == 0
+    across, columns = blocks(fmt.columns, BLOCK[1]), out.shape[1]
+    aligned = columns % UNIT == 0
     index = factors.view(torch.int16) if row_index is None else row_index
     start(
         expand_kernel, (entries.shape[0], blocks(across, EXPAND_WARPS), 1),
-        (words, nibbles, factors, index, out, entries),
-        (across, fmt.columns // UNIT if aligned else fmt.columns, int(row_index is not None)),
-        (tiles.width_mask(fmt), aligned, EXPAND_BLOCKS, EXPAND_WARPS), EXPAND_WARPS, {},
+        (words, nibbles, factors, index, out, units, entries),
+        (across, columns // UNIT if aligned else columns, int(row_index is not None)),
+        (tiles.width_mask(fmt), aligned, EXPAND_BLOCKS, EXPAND_WARPS), EXPAND_WARPS, SEPARATE,
     )  # fmt: skip
-    return out
 
 
 def expanded_linear(
@@ -185,11 +206,58 @@ def expanded_linear(
     bias = None if bias is None else bias.to(x2d.dtype)
     if branch_a is None:
         return torch.nn.functional.linear(x2d, weight, bias)
-    outer = branch_a.to(x2d.dtype)
+    inner, outer = _branch(x2d, row_index, branch_a, branch_b, branch_scale, fmt)
+    return torch.nn.functional.linear(inner, outer, bias).addmm_(x2d, weight.t())
+
+
+def int8_linear(
+    x2d: torch.Tensor, words: torch.Tensor, nibbles: torch.Tensor, factors: torch.Tensor, row_index: Maybe,
+    branch_a: Maybe, branch_b: Maybe, branch_scale: Maybe, bias: Maybe, fmt: SiteFormat,
+    *, tile: int8.Int8Tile | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The same in 8-bit integers (``lowering.int8``): tokens are rounded, the weight expanded for the call."""
+    check(x2d, words, None, fmt)
+    tokens = x2d.shape[0]
+    codes, scales = int8_tokens(x2d)
+    weight, units = int8_rows(words, nibbles, factors, row_index, fmt)
+    out = torch.empty(tokens, fmt.rows, dtype=x2d.dtype, device=x2d.device)
+    tile, aligned = tile or int8.choose(tokens), fmt.rows % UNIT == 0
+    start(
+        int8.int8_linear_kernel, (blocks(tokens, tile.tokens) * blocks(fmt.rows, tile.rows), 1, 1),
+        (codes, scales, weight, units, out if bias is None else bias, out),
+        (tokens, fmt.rows // UNIT if aligned else fmt.rows, blocks(fmt.columns, BLOCK[1]), int(bias is not None)),
+        (aligned, tile.tokens, tile.rows, tile.stages), tile.warps, {},
+    )  # fmt: skip
+    if branch_a is not None:
+        inner, outer = _branch(x2d, row_index, branch_a, branch_b, branch_scale, fmt)
+        out.addmm_(inner, outer.t())
+    return out
+
+
+def int8_tokens(x2d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x2d fp16|bf16|fp32[tokens, columns] -> codes int8[tokens, columns padded to 128 by 0], scales fp32[tokens]."""
+    tokens, columns = x2d.shape
+    steps = blocks(columns, BLOCK[1])
+    codes = torch.empty(tokens, steps * BLOCK[1], dtype=torch.int8, device=x2d.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x2d.device)
+    x_token, x_column = x2d.stride()
+    aligned = columns % UNIT == 0 and x_token % UNIT == 0 and x_column == 1 and x2d.data_ptr() % 16 == 0
+    start(
+        int8.round_tokens_kernel, (tokens, 1, 1), (x2d, codes, scales),
+        (columns // UNIT if aligned else columns, steps, x_token // UNIT if aligned else x_token, x_column),
+        (aligned, int8.SPAN), 4, SEPARATE,
+    )  # fmt: skip
+    return codes, scales
+
+
+def _branch(
+    x: torch.Tensor, row_index: Maybe, branch_a: torch.Tensor, branch_b: Maybe, branch_scale: Maybe, fmt: SiteFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The side branch for many tokens: [tokens, rank] and [rows, rank] in output order, of x's type."""
+    outer = branch_a.to(x.dtype)
     if row_index is not None:
         outer = torch.empty_like(outer).index_copy_(0, row_index.long(), outer)
-    inner = project(x2d, branch_b, branch_scale, fmt).to(x2d.dtype)
-    return torch.nn.functional.linear(inner, outer, bias).addmm_(x2d, weight.t())
+    return project(x, branch_b, branch_scale, fmt).to(x.dtype), outer
 
 
 def start(

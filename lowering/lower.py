@@ -39,8 +39,10 @@ class LowerLinears(Pass):
                           [560, 4, 16, 5], 576)
 
     The graph's own copy of a norm that was learned is exchanged for what the table holds, under the same path.
+    ``activations`` is what the calls multiply with (``config.ACTIVATIONS``).
     """
 
+    activations: str = "native"
     name: ClassVar[str] = "lower-linears"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BRANCHED})
     ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED})
@@ -48,19 +50,21 @@ class LowerLinears(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         module = program.graph_module
-        sites = {site.name: site for site in program.sites if site.format is not None}
+        compiled = (site for site in program.sites if site.format is not None)
+        sites = {site.name: replace(site, activations=self.activations) for site in compiled}
         packed: dict[str, _Operands] = {}
         for node in list(module.graph.nodes):
             site = sites.get(node.meta.get(META, ""))
             if site is not None and node.target is LINEAR:
                 operands = packed.get(site.name) or _place(program, site, node)
                 packed[site.name] = operands
-                _rewrite(node, operands)
+                _rewrite(node, operands, self.activations)
                 context.progress("lower", len(packed), len(sites))
         for path, value in program.norms().items():
             owner, _, name = path.rpartition(".")
             module.get_submodule(owner).register_parameter(name, nn.Parameter(value, requires_grad=False))
-        return replace(program, graph_module=fx.GraphModule(module, module.graph, type(module).__name__))
+        lowered = fx.GraphModule(module, module.graph, type(module).__name__)
+        return replace(program.with_sites(sites), graph_module=lowered)
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,15 @@ def _buffer(module: fx.GraphModule, call: fx.Node, path: str, tensor: torch.Tens
     return node
 
 
-def _rewrite(node: fx.Node, operands: _Operands) -> None:
+def _rewrite(node: fx.Node, operands: _Operands, activations: str) -> None:
     """Change the call in place: its name, by which sites know it, and its meta stay."""
     x, weight, bias, _ = node.args
     tensors, fmt = operands.tensors, operands.fmt
     more = (*map(tensors.get, _MORE), fmt.group, int(fmt.scales)) if fmt.departure else ()
     node.target = MIXED_LINEAR
     node.args = (x, *map(tensors.get, _FIRST), operands.bias or bias, fmt.constants(), fmt.columns, *more)
+    if activations != "native":
+        node.kwargs = {"activations": activations}
     for source in (weight, bias):
         if isinstance(source, fx.Node) and not source.users:
             node.graph.erase_node(source)
@@ -180,7 +186,7 @@ def _prepare(program: Program, site: Site, model: nn.Module) -> list[_Swap]:
     order = absorbed_order(program, site)
     if bias is not None and order is not None:
         bias = bias[order.to(bias.device)]
-    new = MixedLinear(weight, bias, site.weight.dtype).train(old.training)
+    new = MixedLinear(weight, bias, site.weight.dtype, site.activations).train(old.training)
     swaps = []
     for path, owner in zip(paths, owners, strict=True):
         parent, _, name = path.rpartition(".")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixcomp.config import ACTIVATIONS, one_of
 from mixcomp.format import NAMES
 from mixcomp.lowering import gpu
 from mixcomp.lowering.ops import MIXED_LINEAR, compute, may_skip_dispatcher
@@ -46,13 +47,19 @@ class MixedLinear(nn.Module):
         bias: floating[rows] in output order, or None.
         dtype: what ``weight.dtype`` is to say, by default that of the bias, else torch's default.  Activations of
             any floating dtype are taken; the result has theirs.
+        activations: ``"int8"`` rounds them where they are many (``int8``).
     """
 
     def __init__(
-        self, weight: PackedWeight, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        weight: PackedWeight,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        activations: str = "native",
     ) -> None:
         super().__init__()
-        self.fmt = weight.fmt
+        one_of("activations", activations, ACTIVATIONS)
+        self.fmt, self.activations = weight.fmt, activations
         self.in_features, self.out_features = weight.fmt.columns, weight.fmt.rows
         self.dtype = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
         self._segments = weight.fmt.constants()
@@ -87,9 +94,10 @@ class MixedLinear(nn.Module):
         )
         more = (held["zeros"], held["offsets"], held["group_index"]) if self.fmt.departure else ()
         if may_skip_dispatcher(x):
-            return compute(x, self.fmt, tensors, held["bias"], more)
+            return compute(x, self.fmt, tensors, held["bias"], more, self.activations)
         form = (*more, self.fmt.group, int(self.fmt.scales)) if more else ()
-        out: torch.Tensor = MIXED_LINEAR(x, *tensors, held["bias"], self._segments, self.in_features, *form)
+        kind = {} if self.activations == "native" else {"activations": self.activations}
+        out: torch.Tensor = MIXED_LINEAR(x, *tensors, held["bias"], self._segments, self.in_features, *form, **kind)
         return out
 
     def packed(self) -> PackedWeight:
@@ -116,7 +124,8 @@ class MixedLinear(nn.Module):
         rows = " ".join(f"{width}x{widths[width]}" for width in sorted(widths))
         bits = self.fmt.stored_bits() / self.fmt.weights
         order = "scatter, " if self.fmt.scatter else ""
-        return f"{self.in_features} -> {self.out_features}, {bits:.2f} bits ({rows}), {order}rank {self.fmt.rank}"
+        kind = "" if self.activations == "native" else f", {self.activations} activations"
+        return f"{self.in_features} -> {self.out_features}, {bits:.2f} bits ({rows}), {order}rank {self.fmt.rank}{kind}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MixedLinear:
         """Move and cast as torch does, with the format's floating-point buffers disguised as integers."""

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from mixcomp.config import ACTIVATIONS, one_of
 from mixcomp.errors import ConfigError, MixCompError
 from mixcomp.format import GROUP, SiteFormat, from_constants
-from mixcomp.lowering import cpu, gpu, reference
+from mixcomp.lowering import cpu, gpu, int8, reference
 from mixcomp.lowering.select import Path, choose_path
 from mixcomp.packed import PackedWeight
 
@@ -22,7 +23,8 @@ _library = torch.library.Library("mixcomp", "FRAGMENT")
 _library.define(
     "mixed_linear(Tensor x, Tensor codes, Tensor? scales, Tensor factors, Tensor? row_index, Tensor? branch_a, "
     "Tensor? branch_b, Tensor? branch_scale, Tensor? bias, int[] segments, int columns, "
-    "Tensor? zeros=None, Tensor? offsets=None, Tensor? group_index=None, int group=32, int scale_kind=0) -> Tensor",
+    "Tensor? zeros=None, Tensor? offsets=None, Tensor? group_index=None, int group=32, int scale_kind=0, "
+    "str activations='native') -> Tensor",
     tags=_TAGS,
 )
 _library.define("no_gradient(Tensor grad, SymInt[] shape) -> Tensor", tags=_TAGS)
@@ -30,10 +32,14 @@ _library.define("no_gradient(Tensor grad, SymInt[] shape) -> Tensor", tags=_TAGS
 #: x[..., columns] -> [..., rows] of x's dtype; tensors as in ``mixcomp.format``, or codes and scales as fragments (which
 #: alone have kernels on a GPU), bias in output order,
 #: segments flattened to [rows, width, rows, width, ...], see ``SiteFormat.constants``; what comes after columns is
-#: given where a site is not in the default format
+#: given where a site is not in the default format, or its activations are not (``int8``)
 MIXED_LINEAR = torch.ops.mixcomp.mixed_linear.default
-#: paths that read fragments; stored bytes on a GPU, as a graph may hold them, take the reference path
-_KERNELS = (Path.TRITON, Path.TRITON_GEMM)
+#: paths that read fragments, and what launches them; stored bytes on a GPU, as a graph may hold them, take a plain one
+_KERNELS = {
+    Path.TRITON: "mixed_linear",
+    Path.TRITON_GEMM: "expanded_linear",
+    Path.TRITON_INT8: "int8_linear",
+}
 #: place of ``columns`` after ``factors``
 _COLUMNS = 6
 _NO_GRADIENT = torch.ops.mixcomp.no_gradient.default
@@ -56,17 +62,20 @@ def mixed_linear(
     group_index: torch.Tensor | None = None,
     group: int = GROUP,
     scale_kind: int = 0,
+    activations: str = "native",
 ) -> torch.Tensor:
     """``MIXED_LINEAR`` as torch's dispatcher calls it: the format in numbers."""
+    one_of("activations", activations, ACTIVATIONS)
     rank = 0 if branch_a is None else branch_a.shape[1]
     fmt = _format(tuple(segments), columns, row_index is not None, rank, group, scale_kind)
     held = codes, scales, factors, row_index, branch_a, branch_b, branch_scale
-    return compute(x, fmt, held, bias, (zeros, offsets, group_index))
+    return compute(x, fmt, held, bias, (zeros, offsets, group_index), activations)
 
 
 def compute(
-    x: torch.Tensor, fmt: SiteFormat, held: tuple[Any, ...], bias: torch.Tensor | None, more: tuple[Any, ...] = ()
-) -> torch.Tensor:
+    x: torch.Tensor, fmt: SiteFormat, held: tuple[Any, ...], bias: torch.Tensor | None, more: tuple[Any, ...] = (),
+    activations: str = "native",
+) -> torch.Tensor:  # fmt: skip
     """``MIXED_LINEAR`` without torch's dispatcher in between; for callers that ``may_skip_dispatcher``.
 
     ``held``: tensors of the format from codes to branch_scale; ``more``: zeros, offsets and group index of a site that is
@@ -78,9 +87,9 @@ def compute(
         return x.new_empty((*x.shape[:-1], fmt.rows))
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            out = _run(flat, bias, fmt, held, more)
+            out = _run(flat, bias, fmt, held, more, activations)
     else:
-        out = _run(flat, bias, fmt, held, more)
+        out = _run(flat, bias, fmt, held, more, activations)
     return out.view(*x.shape[:-1], fmt.rows)
 
 
@@ -107,15 +116,15 @@ def _launch() -> Any:
 
 
 def _run(
-    x: torch.Tensor, bias: torch.Tensor | None, fmt: SiteFormat, held: tuple[Any, ...], more: tuple[Any, ...]
-) -> torch.Tensor:
+    x: torch.Tensor, bias: torch.Tensor | None, fmt: SiteFormat, held: tuple[Any, ...], more: tuple[Any, ...],
+    activations: str,
+) -> torch.Tensor:  # fmt: skip
     """x[tokens, columns], at least one token."""
-    path = choose_path(x.device.type, x.dtype, fmt, x.shape[0])
+    path = choose_path(x.device.type, x.dtype, fmt, x.shape[0], activations)
     codes, scales, *rest = held
     if scales is not None and gpu.are_fragments(codes):
         if path in _KERNELS:
-            call: Any = _launch().mixed_linear if path is Path.TRITON else _launch().expanded_linear
-            out: torch.Tensor = call(x, *held, bias, fmt)
+            out: torch.Tensor = getattr(_launch(), _KERNELS[path])(x, *held, bias, fmt)
             return out
         codes, scales = gpu.to_stored(codes, scales, fmt)
     weight = PackedWeight(fmt, codes, scales, *rest, *more)
@@ -123,6 +132,8 @@ def _run(
         return cpu.by_bags(x, cpu.table_form(weight), bias)
     if path is Path.CPU_GEMM:
         return cpu.by_gemm(x, cpu.table_form(weight), bias)
+    if path in (Path.INT8, Path.TRITON_INT8):
+        return int8.mixed_linear(x, weight, bias)
     return reference.mixed_linear(x, weight, bias)
 
 

@@ -12,7 +12,8 @@ import torch
 if TYPE_CHECKING:
     from mixcomp.format import SiteFormat
 
-#: up to this many tokens one kernel reads codes and multiplies; above, cuBLAS earns back what an expansion costs
+#: up to this many tokens one kernel reads codes and multiplies; above, cuBLAS earns back what an expansion costs, and
+#: 8-bit activations are worth their rounding
 MAX_FUSED_TOKENS = 64
 #: up to this many tokens embedding bags beat expanding the weight (benchmarks/cpu_decode.py --tokens)
 MAX_BAG_TOKENS = 8
@@ -25,19 +26,26 @@ class Path(Enum):
 
     TRITON = "triton"  #: ``kernels.launch.mixed_linear``: one kernel reads the codes
     TRITON_GEMM = "triton-gemm"  #: ``kernels.launch.expanded_linear``: expand this one weight, cuBLAS, forget it
+    TRITON_INT8 = "triton-int8"  #: ``kernels.launch.int8_linear``: the same with 8-bit integers on both sides
     CPU_BAGS = "cpu-bags"  #: ``cpu.by_bags``: sums per column group straight from a table of codes
     CPU_GEMM = "cpu-gemm"  #: ``cpu.by_gemm``: expand this one weight to fp32, multiply, forget it
+    INT8 = "int8"  #: ``int8``: activations of 8 bits in plain torch, any device
     REFERENCE = "reference"  #: ``reference``: dequantize and multiply in plain torch, any device
 
 
-def choose_path(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int) -> Path:
-    """The implementation for ``tokens`` rows of activations of ``dtype`` on a device type such as ``"cuda"``."""
-    return _decide(device_type, dtype, fmt, tokens)[0]
+def choose_path(
+    device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int, activations: str = "native"
+) -> Path:
+    """The implementation for ``tokens`` rows of activations of ``dtype`` on a device type such as ``"cuda"``.
+
+    Whether they are rounded depends on ``activations`` (``config.ACTIVATIONS``) and ``tokens`` alone.
+    """
+    return _decide(device_type, dtype, fmt, tokens, activations)[0]
 
 
-def explain(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int) -> str:
+def explain(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int, activations: str = "native") -> str:
     """``choose_path`` with its reason, e.g. ``reference: triton is not installed``."""
-    path, reason = _decide(device_type, dtype, fmt, tokens)
+    path, reason = _decide(device_type, dtype, fmt, tokens, activations)
     return f"{path.value}: {reason}"
 
 
@@ -46,7 +54,12 @@ def takes_fragments(device_type: str, fmt: SiteFormat) -> bool:
     return choose_path(device_type, torch.float16, fmt, 1) is Path.TRITON
 
 
-def _decide(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int) -> tuple[Path, str]:
+def _decide(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int, activations: str) -> tuple[Path, str]:
+    if activations == "int8" and tokens > MAX_FUSED_TOKENS:
+        plain, reason = _decide(device_type, dtype, fmt, tokens, "native")
+        if plain is Path.TRITON_GEMM:
+            return Path.TRITON_INT8, f"more than {MAX_FUSED_TOKENS} tokens are multiplied in 8-bit integers"
+        return Path.INT8, reason if plain is Path.REFERENCE else "no fast path multiplies 8-bit integers on a CPU"
     # Whoever computes in fp64 wants the digits: every fast path sums in fp32.
     if dtype is torch.float64:
         return Path.REFERENCE, "fast paths sum in fp32, the activations are fp64"

@@ -86,7 +86,8 @@ def compile(
             the model writes itself, and each stage is kept only if it helps on calibration windows that it did not see.
         include, exclude: site names or patterns (``"re:..."``) to add to the decoder's linears or leave out.
         overrides: pattern -> width in bits (16 leaves the site alone).
-        activations: ``"native"``: the model's own dtype.
+        activations: ``"native"``: as they come; ``"int8"``: rounded to 8 bits in products of more than 64 tokens, see
+            ``lowering.int8``.  Nothing else of the compilation depends on it, and the gate does not see it.
         seed: of everything random.
         samples, length: calibration windows and their tokens; by default 48 x 512 on CPU, 128 x 2048 on a GPU.
         min_coverage: least share of the decoder's weights that must be compiled.
@@ -331,7 +332,7 @@ class _Run:
         """Tune a quantized program, and swap the modules in."""
         tuning = TUNING[self.effort(config)] and CLIPPING.get(plan.options["strategy"], TUNING[self.effort(config)])
         written_tokens = self.write() if tuning else 0
-        program = self.passes(program, (*tuning, LowerLinears()))
+        program = self.passes(program, (*tuning, LowerLinears(config.activations)))
         with self.clock.stage("write back"):
             write_back(program, self.target)
         if self.workdir:

@@ -165,8 +165,8 @@ def _sites(model: nn.Module) -> dict[str, StoredSite]:
                 check_values(module.packed())
             except FormatError as error:
                 raise InputError(f"layer {name!r}: {error}; compile the model again") from error
-            bias = module.bias
-            out[name] = StoredSite(module.fmt, module.dtype, bias.dtype if isinstance(bias, torch.Tensor) else None)
+            bias = module.bias.dtype if isinstance(module.bias, torch.Tensor) else None
+            out[name] = StoredSite(module.fmt, module.dtype, bias, module.activations)
     return out
 
 

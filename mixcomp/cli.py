@@ -41,6 +41,7 @@ Strategy = Annotated[str, typer.Option(help="joint, uniform (the baseline at the
 Include = Annotated[list[str] | None, typer.Option(help="Site name or re:PATTERN to add; repeat at will.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Site name or re:PATTERN to leave alone.")]
 Overrides = Annotated[list[str] | None, typer.Option(help="PATTERN=WIDTH; width 16 leaves alone.")]
+Activations = Annotated[str, typer.Option(help="native, or int8: prompts are multiplied in 8-bit integers.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows (48 on a CPU, 128 on a GPU).")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a window (512 on a CPU, 2048 on a GPU).")]
@@ -61,6 +62,7 @@ def compile_verb(
     include: Include = None,
     exclude: Exclude = None,
     overrides: Overrides = None,
+    activations: Activations = "native",
     seed: Seed = 0,
     samples: Samples = None,
     length: Length = None,
@@ -81,6 +83,7 @@ def compile_verb(
             "include": tuple(include or ()),
             "exclude": tuple(exclude or ()),
             "overrides": dict(map(_override, overrides or ())),
+            "activations": activations,
             "seed": seed,
             "samples": samples,
             "length": length,
@@ -149,6 +152,7 @@ def plan_verb(
     out: Annotated[Path | None, typer.Option(help="File to write the plan to.")] = None,
     strategy: Annotated[str, typer.Option(help="joint, or uniform: the baseline at the same bytes.")] = "joint",
     overrides: Overrides = None,
+    activations: Activations = "native",
     against: Annotated[Path | None, typer.Option(help="Another plan's file: adds the overlap of both.")] = None,
     curve: Annotated[bool, typer.Option("--curve", help="Predicted loss over all budgets.")] = False,
     json: AsJson = False,
@@ -167,7 +171,9 @@ def plan_verb(
         lines: list[str] = []
         if budget is not None:
             changed = dict(map(_override, overrides or ()))
-            made = planning.plan(measured, _number_or_text(budget), strategy=strategy, overrides=changed)
+            made = planning.plan(
+                measured, _number_or_text(budget), strategy=strategy, overrides=changed, activations=activations
+            )
             data, lines = made.summary(), list(made.lines())
             if against is not None:
                 data["overlap"] = plans.overlap(made, plans.Plan.load(against))

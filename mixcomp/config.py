@@ -19,9 +19,8 @@ from mixcomp.patterns import match
 UNCOMPRESSED = 16
 STRATEGIES = ("joint", "uniform", "mixllm", "slim", "amlq")
 EFFORTS = ("fast", "balanced", "best")
-ACTIVATIONS = ("native",)
-#: known names of later releases: refused by name, so that nobody takes them for a typing error
-PLANNED = {"activations": ("int8",)}
+#: what a compiled linear multiplies with: the numbers it is given, or where there are many of them 8-bit integers
+ACTIVATIONS = ("native", "int8")
 
 _UNITS = {"bpw": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _AMOUNT = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]+)\s*")
@@ -188,10 +187,6 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ``ConfigError`` unless ``value`` is one of ``allowed``."""
     if isinstance(value, str) and value in allowed:
         return
-    if isinstance(value, str) and value in PLANNED.get(name, ()):
-        raise ConfigError(
-            f"{name} {value!r} is not available in this release; allowed: {', '.join(map(repr, allowed))}"
-        )
     hint = nearest(value, allowed) if isinstance(value, str) else ""
     raise ConfigError(f"{name} {value!r} is unknown{hint}; allowed: {', '.join(map(repr, allowed))}")
 

@@ -14,6 +14,7 @@ from mixcomp.canonical import activation, owner
 from mixcomp.format import GROUP, SiteFormat, from_constants
 from mixcomp.ops import LINEAR
 from mixcomp.program import META, Fact, Program, Site, WeightRef
+from mixcomp.snapshot import is_dead
 
 PLAIN = "not compiled: call mixcomp.compile on the model before torch.compile"
 
@@ -57,6 +58,9 @@ def capture_dynamo(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Pro
         if "weight" in linear:
             node.target, node.kwargs = LINEAR, {}
             node.args = (linear["x"], linear["weight"], linear["bias"], False)
+    for node in reversed(graph.nodes):
+        if is_dead(node):  # Dynamo leaves some
+            graph.erase_node(node)
     program.graph_module.recompile()
     facts = frozenset({Fact.LOWERED} if any(s.format for s in sites.values()) else ())
     return Program(program.graph_module, tuple(sites.values()), MappingProxyType(tensors), facts)
@@ -95,7 +99,8 @@ def _site(node: fx.Node, linear: dict[str, Any], taken: set[str]) -> Site:
     reference = WeightRef(f"{name}.weight", (), (shape[0], shape[1]), held.meta["val"].dtype)
     bias = None if linear["bias"] is None else f"{name}.bias"
     reason = None if fmt else PLAIN
-    return Site(name, (node.name,), reference, bias, activation(linear["x"]).name, True, reason, fmt)
+    kind = linear.get("activations") or "native"
+    return Site(name, (node.name,), reference, bias, activation(linear["x"]).name, True, reason, fmt, kind)
 
 
 def _format(linear: dict[str, Any]) -> SiteFormat:

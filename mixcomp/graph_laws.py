@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from mixcomp.printer import dtype_text, target_text
 from mixcomp.program import META, Fact, Site
-from mixcomp.snapshot import Case, Findings, arguments, is_linear, is_mixed, signature
+from mixcomp.snapshot import Case, Findings, arguments, is_dead, is_linear, is_mixed, signature
 
 KINDS = frozenset({"placeholder", "get_attr", "call_function", "output"})
 
@@ -116,7 +116,7 @@ def same_signature(case: Case) -> Findings:
 def nothing_dead(case: Case) -> Findings:
     """I05: every node is used, every parameter and buffer is read."""
     for node in case.nodes.values():
-        if node.op in ("get_attr", "call_function") and not node.users and not node.is_impure():
+        if is_dead(node):
             yield f"node {node.name} is dead", node
     read = tuple(str(n.target) for n in case.nodes.values() if n.op == "get_attr")
     folders = tuple(f"{path}." for path in read)

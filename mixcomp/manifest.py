@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mixcomp.config import ACTIVATIONS
 from mixcomp.errors import ArtifactError, FormatError
 from mixcomp.files import check_name
 from mixcomp.format import VERSION, SiteFormat
 from mixcomp.packed import PackedWeight
-from mixcomp.records import Record, brief, signed
+from mixcomp.records import Kinds, Record, brief, signed
 from mixcomp.shards import DTYPES, SPELLING, StoredFile, StoredTensor
 
 if TYPE_CHECKING:
@@ -36,15 +37,22 @@ _ATTENTION = (None, "eager", "sdpa")
 
 @dataclass(frozen=True, slots=True)
 class StoredSite:
-    """A compiled linear: its format, the dtype of the weight it replaces, and that of its bias if it has one."""
+    """A compiled linear: its format, the dtype of the weight it replaces, that of its bias if it has one, and what it
+    multiplies with (``config.ACTIVATIONS``)."""
 
     fmt: SiteFormat
     dtype: torch.dtype
     bias: torch.dtype | None
+    activations: str = "native"
 
     def to_json(self) -> dict[str, Any]:
         bias = None if self.bias is None else SPELLING[self.bias]
-        return {"format": self.fmt.to_json(), "dtype": SPELLING[self.dtype], "bias": bias}
+        return {
+            "format": self.fmt.to_json(),
+            "dtype": SPELLING[self.dtype],
+            "bias": bias,
+            "activations": self.activations,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +173,18 @@ def _check_version(data: Mapping[str, Any]) -> None:
 
 
 def _site(name: str, data: object) -> StoredSite:
-    fields = _RECORD.fields(f"sites.{name:.200}", data, {"format": dict, "dtype": str, "bias": (str, type(None))})
+    if isinstance(data, dict):
+        data = {"activations": "native", **data}  # folders of earlier versions do not say
+    layout: Mapping[str, Kinds] = {"format": dict, "dtype": str, "bias": (str, type(None)), "activations": str}
+    fields = _RECORD.fields(f"sites.{name:.200}", data, layout)
+    if fields["activations"] not in ACTIVATIONS:
+        raise _RECORD.wrong(f"sites.{name:.200}.activations", fields["activations"], f"one of {ACTIVATIONS}")
     try:
         fmt = SiteFormat.from_json(fields["format"])
     except FormatError as error:
         raise FormatError(f"{MANIFEST}: site {name!r:.200}: {error}; save the model again") from error
     bias = None if fields["bias"] is None else _float(f"sites.{name:.200}.bias", fields["bias"])
-    return StoredSite(fmt, _float(f"sites.{name:.200}.dtype", fields["dtype"]), bias)
+    return StoredSite(fmt, _float(f"sites.{name:.200}.dtype", fields["dtype"]), bias, fields["activations"])
 
 
 def _float(field: str, spelling: str) -> torch.dtype:

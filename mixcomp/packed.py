@@ -210,17 +210,21 @@ class PackedWeight:
 
         Exact in fp32 (an integer of at most 12 bits times a factor of 11) but for the sum with an offset.
         """
-        fmt, factors = self.fmt, self.factors.to(dtype, copy=True)
-        out = self.integers().to(dtype)
-        if fmt.scales is Scales.FLOAT_GROUP:
-            out *= per_column(factors, fmt, fmt.columns)
-            if self.offsets is not None:
-                out += per_column(self.group_offsets().to(dtype), fmt, fmt.columns)
-            return out
-        for rows, segment in fmt.row_ranges():
+        fmt, out = self.fmt, self.integers().to(dtype)
+        if fmt.scales is Scales.TWO_LEVEL:
+            return out * self.row_factors(dtype)[:, None]
+        out *= per_column(self.factors.to(dtype), fmt, fmt.columns)
+        if self.offsets is not None:
+            out += per_column(self.group_offsets().to(dtype), fmt, fmt.columns)
+        return out
+
+    def row_factors(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """What ``integers`` of a two-level site are multiplied by, ``dtype``[rows]."""
+        factors = self.factors.to(dtype, copy=True)
+        for rows, segment in self.fmt.row_ranges():
             if segment.profile:
-                factors[rows] = factors[rows] * 2.0**MIXED_UNIT
-        return out * factors[:, None]
+                factors[rows] *= 2.0**MIXED_UNIT
+        return factors
 
     def side(self) -> torch.Tensor | None:
         """The side branch multiplied out, fp32[rows, columns], stored row order."""
@@ -287,3 +291,11 @@ def max_abs_level(width: int) -> int:
 
 
 MAX_INTEGER = MAX_GROUP_SCALE * 128
+#: largest code of a weight or an activation that is multiplied in 8 bits
+INT8_TOP = 127
+
+
+def int8_step(width: int) -> float:
+    """How many of ``integers()`` an 8-bit code counts in rows of a width: none is larger than ``INT8_TOP``, and rows
+    whose integers are small enough keep them."""
+    return max(1.0, MAX_GROUP_SCALE * max_abs_level(width) / INT8_TOP)

@@ -30,6 +30,7 @@ def plan(
     *,
     strategy: str = "joint",
     overrides: Mapping[str, int] | None = None,
+    activations: str = "native",
 ) -> Plan:
     """Decide the width of every row within ``budget``; the same measurement and arguments give the same bytes.
 
@@ -40,13 +41,14 @@ def plan(
         budget: as in ``compile``.
         strategy: ``"joint"`` or ``"uniform"``; the others measure things of their own, so only ``compile`` runs them.
         overrides: pattern -> width in bits; to leave a site alone, leave it out when measuring.
+        activations: as in ``compile``; for ``apply`` to follow.
 
     Raises:
         MixCompError: bad options, budget out of range, a damaged measurement.
     """
     measured = open_measurement(measurement)
     config = CompileConfig.from_kwargs(
-        budget=budget, strategy=strategy, overrides=overrides, **measured.options.to_json()
+        budget=budget, strategy=strategy, overrides=overrides, activations=activations, **measured.options.to_json()
     )
     if config.strategy not in STRATEGIES:
         raise ConfigError(

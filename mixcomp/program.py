@@ -59,7 +59,7 @@ class Site:
 
     ``name`` is the module path that owns the weight; ``input`` names the activation it reads (sites with the same
     ``input`` share second moments); ``reason`` is set where the site is left alone, and says why; ``in_scope`` tells
-    whether its bits count against the budget.
+    whether its bits count against the budget; ``activations`` is what its lowered calls multiply with.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Site:
     in_scope: bool = True
     reason: str | None = None
     format: SiteFormat | None = None
+    activations: str = "native"
 
     @property
     def rows(self) -> int:

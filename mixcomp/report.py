@@ -219,7 +219,7 @@ def _row(name: str, module: MixedLinear, plan: Plan, dtype: torch.dtype) -> Site
         reorder=decided if isinstance(decided, str) else "scatter" if fmt.scatter else "none",
         payload_bits=fmt.payload_bits(),
         stored_bits=fmt.stored_bits(),
-        paths={tokens: choose_path(device, dtype, fmt, tokens).value for tokens in TOKENS},
+        paths={tokens: choose_path(device, dtype, fmt, tokens, module.activations).value for tokens in TOKENS},
     )
 
 

@@ -92,10 +92,12 @@ def modules(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> dict[str
     made: dict[tuple[object, ...], MixedLinear] = {}
     for site in manifest.sites:
         sources = manifest.site_tensors(site)
-        key = (manifest.sites[site].dtype, *sources.values())
+        stored = manifest.sites[site]
+        key = (stored.dtype, stored.activations, *sources.values())
         if key not in made:
             bias = tensors[sources["bias"]] if "bias" in sources else None
-            made[key] = MixedLinear(_packed(manifest, site, tensors), bias, manifest.sites[site].dtype).eval()
+            packed = _packed(manifest, site, tensors)
+            made[key] = MixedLinear(packed, bias, stored.dtype, stored.activations).eval()
         out[site] = made[key]
     return out
 

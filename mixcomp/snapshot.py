@@ -129,6 +129,12 @@ def is_mixed(node: fx.Node) -> bool:
     return node.op == "call_function" and str(node.target) == "mixcomp.mixed_linear.default"
 
 
+def is_dead(node: fx.Node) -> bool:
+    """Nobody uses its value, and it does nothing else.  fx knows which operators write in place, but no methods."""
+    in_place = getattr(node.target, "__name__", "").endswith("_")
+    return node.op in ("get_attr", "call_function") and not node.users and not in_place and not node.is_impure()
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of an op call by the names of its schema."""
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]

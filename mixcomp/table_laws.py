@@ -287,6 +287,9 @@ def lowered_whole(case: Case) -> Findings:
             wanted = [*fmt.constants(), site.columns, fmt.group, int(fmt.scales)]
             if found != wanted:
                 yield f"site {site.name}: {call} has segments {found}, the format {wanted}", node
+            kind = given.get("activations", "native")
+            if kind != site.activations:
+                yield f"site {site.name}: {call} takes {kind} activations, the site {site.activations}", node
             yield from ((f"site {site.name}: {call}: {why}", node) for why in _operands(case, site, site.format, given))
         yield from _round_trip(case, site, site.format)
     for path, norm in case.program.norms().items():

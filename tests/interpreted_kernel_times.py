@@ -19,7 +19,7 @@ ONE = tiles.Tile(*sweep.SWEEP[8][0], programs=1)
 
 def test_the_command_up_to_the_clock(tmp_path, monkeypatch, capsys):
     """All of it but graphs and libraries, on a tiny layer; every kernel is right there."""
-    small = {"DEVICE": "cpu", "SHAPES": {"a": (90, 384)}, "TOKENS": (1, 5)}
+    small = {"DEVICE": "cpu", "SHAPES": {"a": (90, 384)}, "TOKENS": (1, 65)}
     monkeypatch.setattr(sweep, "PROGRAMS", (1, 264))
     monkeypatch.setattr(sweep, "BUCKETS", {1: 1, 8: 5})
     for name, value in small.items():
@@ -34,7 +34,10 @@ def test_the_command_up_to_the_clock(tmp_path, monkeypatch, capsys):
     kernel_times.main(["--sweep", "--kinds", "4.16 uniform", "4.4 mix", "--out", str(tmp_path / "times.json")])
     found = json.loads((tmp_path / "times.json").read_text())
     assert len(found["rows"]) == 2 * 2
-    assert all(row[kernel] == 1.0 for row in found["rows"] for kernel in sites.KERNELS), found["rows"]
+    timed = [
+        {kernel: row[kernel] for kernel in sites.KERNELS if row["tokens"] in sites.FOR[kernel]} for row in found["rows"]
+    ]
+    assert timed == 2 * [{"fused": 1.0}, {"fused": 1.0, "expanded": 1.0, "int8": 1.0}], found["rows"]
     assert [best[:2] for best in found["best"]] == [[1, "a"], [8, "a"]]
     assert {job.widths for job in checked} == {WIDTHS, (4,)}
     told = capsys.readouterr().out.partition("TABLE: ")[2]

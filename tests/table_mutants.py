@@ -157,6 +157,12 @@ def index_of_another_site(program: Program) -> Program:
 
 
 @mutant("I16", base="lowered")
+def activations_of_another_site(program: Program) -> Program:
+    set_argument(lowered_node(program, PROJ), "activations", "int8")
+    return recompiled(program)
+
+
+@mutant("I16", base="lowered")
 def codes_computed(program: Program) -> Program:
     codes = arguments(lowered_node(program, PROJ))["codes"]
     set_argument(lowered_node(program, PROJ), "codes", insert_after(codes, torch.ops.aten.clone.default, codes))

@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
 #: of code: blank lines, comments and docstrings are free; 8,000 was the aim before three papers' strategies, a
-#: transform and a kernel that spells out what each lane of a warp does moved in
-MAX_CODE_LINES = 11_160
+#: transform, a kernel that spells out what each lane of a warp does and products of 8-bit integers moved in
+MAX_CODE_LINES = 11_410
 
 #: folder -> package
 FOLDERS = {
@@ -40,8 +40,8 @@ FOR_PASSES = {
     "errors", "format", "profiles", "ops", "packed", "quant", "float_grid", "budget", "config", "program", "protocol",
     "plans",
 }  # fmt: skip
-FOR_LOWERING = {"errors", "format", "ops", "packed", "program", "protocol"}
-FOR_KERNELS = {"errors", "format"}
+FOR_LOWERING = {"config", "errors", "format", "ops", "packed", "program", "protocol"}
+FOR_KERNELS = {"errors", "format", "packed"}
 #: only these may be imported from the front door
 ABOVE_API = {"__init__", "__main__", "backend", "cli", "demo"}
 #: at the bottom everything is spelled out

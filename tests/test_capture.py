@@ -299,6 +299,27 @@ def test_plain_linears_of_a_dynamo_graph_are_left_alone() -> None:
     assert not program.facts
 
 
+class Careless(nn.Module):
+    """Computes what nobody reads, and writes in place with results that nobody reads either."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.arange(x.shape[0]) * 2
+        x = x * 2
+        x.add_(1)
+        x[0] = 3
+        torch.relu_(x)
+        return x
+
+
+def test_dead_nodes_of_a_dynamo_graph_go_and_writes_in_place_stay() -> None:
+    model = Net(nn.Linear(32, 32), Careless())
+    (program,), out = dynamo_programs(model, ids(2, 3))
+    assert torch.equal(out, model(ids(2, 3)))
+    verify.check(program, level=2)
+    unused = [node.name for node in program.graph_module.graph.nodes if not node.users and node.op == "call_function"]
+    assert len(unused) == 3
+
+
 @pytest.mark.parametrize("scales", Scales)
 def test_every_form_comes_back_from_a_dynamo_graph(scales: Scales) -> None:
     widths = torch.tensor([[2, 4], [2, 4], [8, 8], [4, 1]] * 8, dtype=torch.uint8)

@@ -112,7 +112,7 @@ def test_overrides_may_be_absent() -> None:
         ({"strategy": None}, ["strategy", "None", "'joint'"]),
         ({"effort": "bset"}, ["effort", "bset", "did you mean 'best'", "'fast'"]),
         ({"effort": 3}, ["effort", "3", "'fast'"]),
-        ({"activations": "int8"}, ["activations", "int8", "not available", "'native'"]),
+        ({"activations": "int9"}, ["activations", "int9", "did you mean 'int8'", "'native'"]),
         ({"exclude": "lm_head"}, ["exclude", "lm_head", '["lm_head"]']),
         ({"include": [3]}, ["include", "3"]),
         ({"include": [""]}, ["include", "''"]),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mixcomp.format import PLANES, WIDTHS
-from mixcomp.kernels import gemm, lanes, tiles
+from mixcomp.kernels import expand, gemm, int8, lanes, launch, tiles
 from mixcomp.kernels.tiles import Tile
 
 pytestmark = [
@@ -36,24 +36,31 @@ SHARING = re.compile(r"\b(shfl|bar\.sync|barrier|ldmatrix|[ls]t\.shared)")
 @cache
 def compiled(width: int, tile: Tile, dtype: str = "fp16", kernel: Any = gemm.mixed_linear_kernel) -> dict[str, str]:
     """Every stage of the kernel of one width: ``ttgir``, ``ptx``, ..."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
     constants = {
         "branch_a": None, "projected": None, "WIDTHS": 1 << width, "ALIGNED": True, "BLOCKS": tile.blocks,
         "ALONG": tile.along, "DOWN": tile.down, "TOKENS": tile.tokens, "STAGES": tile.stages,
     }  # fmt: skip
     pointers = POINTERS | dict.fromkeys(("x", "bias", "out"), dtype)
-    types = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(NUMBERS, "i32")
+    return assembled(kernel, pointers, NUMBERS, constants, num_warps=tile.along * tile.down)
+
+
+def assembled(
+    kernel: Any, pointers: dict[str, str], numbers: tuple[str, ...], constants: dict[str, Any], **options: Any
+) -> dict[str, str]:
+    """Every stage of a kernel whose tensors start at 16 bytes."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    types = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(numbers, "i32")
     source = ASTSource(
         kernel,
         {name: types.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
     )
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile.along * tile.down})
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return {stage: text for stage, text in made.asm.items() if isinstance(text, str)}
 
 
@@ -103,3 +110,37 @@ def test_whole_tiles_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "WARPS", constexpr(False))
     other = jit(do_not_specialize=NUMBERS)(gemm.mixed_linear_kernel.fn)
     assert SHARING.findall(before_the_sum(compiled(4, SMALL, kernel=other)["ptx"]))
+
+
+ROUNDING = {
+    "tokens": (
+        int8.round_tokens_kernel, {"x": "fp16", "codes": "i8", "scales": "fp32"},
+        ("columns", "steps", "x_token", "x_column"), {"ALIGNED": True, "SPAN": 4096},
+    ),
+    "rows": (
+        expand.expand_kernel,
+        {"words": "i32", "nibbles": "i32", "factors": "fp16", "row_index": "i16", "out": "i8", "units": "fp32",
+         "table": "i32"},
+        ("across", "columns", "scatter"), {"WIDTHS": 1 << 4, "ALIGNED": True, "BLOCKS": 1, "WARPS": 4},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ROUNDING)
+def test_what_becomes_a_code_is_rounded_before_it_is_rounded_to_an_integer(side: str) -> None:
+    """A fused multiply-add would give other codes than plain torch does, where the product is close to a half."""
+    code = assembled(*ROUNDING[side], num_warps=4, **launch.SEPARATE)["ptx"]
+    assert "mul.f32" in code or "mul.rn.f32" in code
+    assert "fma.rn.f32" not in code
+    assert "fma.rn.f32" in assembled(*ROUNDING[side], num_warps=4)["ptx"]
+
+
+def test_integers_are_multiplied_by_whole_warp_groups_and_stored_by_vectors() -> None:
+    pointers = {"codes": "i8", "scales": "fp32", "weight": "i8", "units": "fp32", "bias": "fp16", "out": "fp16"}
+    tile = int8.choose(4096)
+    constants = {"ALIGNED": True, "TOKENS": tile.tokens, "ROWS": tile.rows, "STAGES": tile.stages}
+    numbers = ("tokens", "rows", "steps", "biased")
+    code = assembled(int8.int8_linear_kernel, pointers, numbers, constants, num_warps=tile.warps)["ptx"]
+    assert re.search(r"wgmma\.mma_async\S*\.s32\.s8\.s8", code)
+    assert not re.findall(r"st\.global\.b16", code)
+    assert "st.global.v4.b32" in code

@@ -16,7 +16,7 @@ import torch
 from kernel_cases import EDGES, Case, dyadic, exact, magnitude, operands, product, random_format, random_weight
 from mixcomp.backend import mixcomp_backend
 from mixcomp.format import WIDTHS, Segment, SiteFormat
-from mixcomp.lowering import gpu
+from mixcomp.lowering import gpu, int8
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.lowering.select import MAX_FUSED_TOKENS
 
@@ -173,6 +173,40 @@ def test_many_tokens_by_an_expanded_weight(dtype, rank):
     terms = (fmt.columns + rank + 4) * 2.0**-24 + 4 * ROUNDOFF[dtype]
     wanted = product(weight, x.cpu(), bias)
     assert ((out - wanted).abs() <= 2 * terms * magnitude(weight, x.cpu(), bias) + 2.0**-24).all()
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+@pytest.mark.parametrize("seed", range(40))
+def test_products_of_8_bit_integers_are_those_of_the_reference(dtype, seed):
+    rng = random.Random(seed)
+    fmt = random_format(rng, rng.choice((*EDGES, 600, 2048)), segments=rng.choice((1, 3, 9)), most_rows=300, rank=0)
+    generator = torch.Generator().manual_seed(seed)
+    weight = random_weight(fmt, generator, dyadic=False)
+    x = (torch.randn(rng.choice((1, 65, 129, 300, 2000)), fmt.columns, generator=generator) * 3).to(dtype)
+    bias = rng.choice((None, torch.randn(fmt.rows, generator=generator)))
+    x, tensors, moved = place(weight, x, bias)
+    codes, scales = launch.int8_tokens(x)
+    wanted, wanted_scales = int8.round_tokens(x.cpu())
+    assert torch.equal(codes[:, : fmt.columns].cpu(), wanted)
+    assert torch.equal(scales.cpu(), wanted_scales)
+    out = launch.int8_linear(x, **tensors, bias=moved, fmt=fmt)
+    exact_out = int8.mixed_linear(x.cpu().float(), weight, bias).double()  # in fp32: rounded here, once
+    close = (out.cpu().double() - exact_out).abs() <= (ROUNDOFF[dtype] + 2.0**-22) * exact_out.abs() + 1e-6
+    assert close.all()
+    if bias is None:
+        assert torch.equal(out.cpu(), exact_out.float().to(dtype))
+
+
+def test_a_module_with_8_bit_activations_takes_them_above_the_fused_tokens():
+    weight = random_weight(
+        SiteFormat(90, 200, (Segment(50, 4), Segment(40, 6)), scatter=True, rank=3), torch.Generator(), dyadic=False
+    )
+    plain, rounding = (MixedLinear(weight, None, None, kind).cuda() for kind in ("native", "int8"))
+    x = torch.randn(MAX_FUSED_TOKENS + 1, 200, dtype=F16, device="cuda")
+    assert torch.equal(plain(x[:-1]), rounding(x[:-1]))
+    wanted = int8.mixed_linear(x.cpu().float(), weight, None)
+    torch.testing.assert_close(rounding(x).cpu().float(), wanted, rtol=4e-3, atol=4e-3)
+    assert not torch.equal(plain(x), rounding(x))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 100])

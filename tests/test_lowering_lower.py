@@ -91,6 +91,17 @@ def test_graph_computes_what_is_stored(absorb: bool) -> None:
         torch.testing.assert_close(got, Meaning(program, meaning).run(ids), rtol=1e-4, atol=1e-5)
 
 
+def test_graph_rounds_activations_of_many_tokens() -> None:
+    program, meaning = stored(build(BLUEPRINT))
+    after = LowerLinears("int8").run(program.clone(), Context())
+    assert {site.activations for site in after.sites if site.format} == {"int8"}
+    few, many = tokens(BLUEPRINT, 2, 32), tokens(BLUEPRINT, 2, 33)
+    assert torch.equal(after.graph_module(input_ids=few), lowered(program).graph_module(input_ids=few))
+    got, wanted = after.graph_module(input_ids=many), Meaning(program, meaning).run(many)
+    assert not torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    assert (got - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_calls_keep_name_and_meta_and_originals_are_gone() -> None:
     program, _ = stored(build(BLUEPRINT))
     before = {n.name: n for n in program.graph_module.graph.nodes if n.target is LINEAR}
