@@ -141,12 +141,13 @@ def library_times(rows: int, columns: int, tokens: int) -> dict[str, float]:
         times[name] = median_time([partial(torch.nn.functional.linear, x, w) for w in weights])
     if tokens > 16:  # their least
         count = math.ceil(TRAFFIC / (rows * columns)) + 1
-        x = torch.ones(tokens, columns, dtype=torch.int8, device=DEVICE)
-        eights = [torch.ones(rows, columns, dtype=torch.int8, device=DEVICE) for _ in range(count)]
-        times["_int_mm"] = median_time([partial(torch._int_mm, x, w.t()) for w in eights])
+        codes, *eights = (
+            torch.randint(-127, 128, (n, columns), device=DEVICE).char() for n in (tokens, *[rows] * count)
+        )
+        times["_int_mm"] = median_time([partial(torch._int_mm, codes, w.t()) for w in eights])
         one, fp8 = torch.ones((), device=DEVICE), torch.float8_e4m3fn
         mm = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.float16)
-        times["fp8"] = median_time([partial(mm, x.to(fp8), w.to(fp8).t()) for w in eights])
+        times["fp8"] = median_time([partial(mm, codes.to(fp8), w.to(fp8).t()) for w in eights])
     if tokens > 256:
         return times
     try:

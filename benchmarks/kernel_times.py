@@ -13,6 +13,7 @@ The file is not called kernels.py: transformers imports any module of that name 
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import math
@@ -24,6 +25,7 @@ from typing import Any
 import kernel_sites as sites
 import kernel_sweep as sweep
 import torch
+import triton
 from kernel_sites import KERNELS, KINDS
 from kernel_sweep import Best
 
@@ -107,7 +109,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(sweep.told(best))
     sweep.check_all(sweep.timed_jobs(args.kinds, best))
     print(f"[{time.time() - start:.0f} s]", flush=True)
-    found = {"device": device, "best": [[*key, str(tile)] for key, tile in best.items()], "rows": []}
+    swept, kinds = " --sweep" if args.sweep else "", " ".join(map(repr, args.kinds))
+    found = {
+        "command": f"python benchmarks/kernel_times.py{swept} --kinds {kinds}",
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "best": [[*key, str(tile)] for key, tile in best.items()],
+        "rows": [],
+    }
     for row in layer(args.kinds, best):
         found["rows"].append(row)
         if args.out:  # a run that is cut short leaves what it has

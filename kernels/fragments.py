@@ -4,15 +4,15 @@ Sixteen rows of one width by 128 columns are a *block*.  Its bytes lie as a warp
 kernel loads 16 bytes a lane and has, after shifts and masks, the operand in its registers::
 
     row    in a block = half * 8 + lane // 4                                half of 2
-    column in a block = group * 32 + k16 * 16 + lane % 4 * 4 + k2 * 2 + k1
+    column in a block = group * 32 + lane % 4 * 8 + k16 * 4 + k2 * 2 + k1
 
-A *unit* (group, half) is what a lane holds of one row and one group: 8 codes, four pairs ``f = (k16, k2)``, the two of a
-pair (k1) in the same place of the lower and the upper half of a word.  In a plane of ``b`` bits the codes of unit u and
-pair f take the bits from ``(u * 4 + f) * b`` on, counted along the halves of a lane's ``2 * b`` words.  A block holds its
-planes one after the other, each as vectors of at most four words: [vector][lane][word].
+A *unit* (group, half) is what a lane holds of one row and one group: 8 neighbouring codes, four pairs ``f = (k16, k2)``,
+the two of a pair (k1) in the same place of the lower and the upper half of a word.  In a plane of ``b`` bits the codes of
+unit u and pair f take the bits from ``(u * 4 + f) * b`` on, counted along the halves of a lane's ``2 * b`` words.  A block
+holds its planes one after the other, each as vectors of at most four words: [vector][lane][word].
 
 Rows are padded to 16 in every segment and columns to 128, with code 0 and group scale 1.  Group scales (minus 1) lie
-apart: one word for every block and ``lane // 4``, four bits a unit.
+apart: one word for every block and ``lane // 4``, four bits a unit, those of the two halves 16 bits apart.
 
 Nothing is lost: ``unpack`` gives back what ``pack`` was given, so a GPU needs to hold no other form of a weight.
 """
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 ROWS, COLUMNS = BLOCK
 #: words of a block for every bit of width
 UNIT = 64
-#: (row block, half, lane // 4, column block, group, k16, lane % 4, k2, k1) -> the order within a plane
-_ORDER = (0, 3, 2, 6, 4, 1, 5, 7, 8)
+#: (row block, half, lane // 4, column block, group, lane % 4, k16, k2, k1) -> the order within a plane
+_ORDER = (0, 3, 2, 5, 4, 1, 6, 7, 8)
 _GROUPS = COLUMNS // GROUP
 
 
@@ -48,14 +48,14 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, fmt: SiteFormat) -> tuple[to
     for rows, segment in fmt.row_ranges():
         down = blocks(segment.rows, ROWS)
         held = _padded(codes[rows], down * ROWS, across * COLUMNS)
-        held = held.view(down, 2, 8, across, _GROUPS, 2, 4, 2, 2).permute(_ORDER).reshape(down, across, 32, 32, 2)
+        held = held.view(down, 2, 8, across, _GROUPS, 4, 2, 2, 2).permute(_ORDER).reshape(down, across, 32, 32, 2)
         shift, planes = 0, []
         for bits in PLANES[segment.width]:
             planes.append(_plane((held >> shift) & (2**bits - 1), bits))
             shift += bits
         words.append(torch.cat(planes, -1).flatten())
         m = _padded(scales[rows] - 1, down * ROWS, across * _GROUPS).view(down, 2, 8, across, _GROUPS)
-        nibbles.append(_joined(m.permute(0, 3, 2, 4, 1).reshape(down, across, 8, 8), 4))
+        nibbles.append(_joined(m.permute(0, 3, 2, 1, 4).reshape(down, across, 8, 8), 4))
     return torch.cat(words), torch.cat(nibbles)
 
 
@@ -77,7 +77,7 @@ def unpack(words: torch.Tensor, nibbles: torch.Tensor, fmt: SiteFormat) -> tuple
         inverse = sorted(range(9), key=_ORDER.__getitem__)
         code = code.view(down, across, 8, 4, _GROUPS, 2, 2, 2, 2).permute(inverse)
         codes.append(code.reshape(down * ROWS, across * COLUMNS)[: segment.rows, : fmt.padded_columns])
-        m = _parted(nibbles[first : first + down], 4).view(down, across, 8, _GROUPS, 2).permute(0, 4, 2, 1, 3)
+        m = _parted(nibbles[first : first + down], 4).view(down, across, 8, 2, _GROUPS).permute(0, 3, 2, 1, 4)
         scales.append(m.reshape(down * ROWS, across * _GROUPS)[: segment.rows, : fmt.groups + fmt.groups % 2] + 1)
         first += down
     return torch.cat(codes), torch.cat(scales).to(torch.uint8)

@@ -21,17 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixcomp.kernels.operand import (
-    COLUMNS,
-    INTERPRETED,
-    UNIT,
-    group_scales,
-    load_plane,
-    operand,
-    part_count,
-    per_unit,
-    wide_bits,
-)
+from mixcomp.kernels.operand import COLUMNS, INTERPRETED, UNIT, wide_bits
 from mixcomp.kernels.side_branch import load_x, offsets, side_sums
 from mixcomp.kernels.warps import warp_sums
 
@@ -42,46 +32,43 @@ WARPS = tl.constexpr(not INTERPRETED.value)
 
 
 @triton.jit
+def plane_codes(words, lane, pair, half, BITS: tl.constexpr):
+    """Codes of a plane of BITS bits whose block ``words`` points at, see ``fragments``; the arguments broadcast."""
+    EACH: tl.constexpr = min(4, 2 * BITS)
+    bit = pair * BITS
+    word = bit // 16
+    place = word // EACH * (32 * EACH) + lane * EACH + word % EACH
+    return (tl.load(words + place) >> (bit % 16 + half * 16)) & ((1 << BITS) - 1)
+
+
+@triton.jit
 def tile_sums(
     x, words, nibbles, held, first_step, last_step, across, tokens, columns, token, x_token, x_column,
-    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, ALONG: tl.constexpr, DOWN: tl.constexpr, TOKENS: tl.constexpr,
-    STAGES: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Sums over some columns of ``m * level / 2 * x`` (at 8 bits ``m * level * x``), fp32[DOWN * BLOCKS * 16, TOKENS].
+    """Sums over some columns of ``m * level / 2 * x`` (at 8 bits ``m * level * x``), fp32[ROWS, TOKENS].
 
-    A warp multiplies BLOCKS row blocks by every ALONG-th column block; DOWN warps share those columns.
+    In whole tiles, for what has no lanes (the interpreter) or no tensor cores (fp32).
     """
-    WARPS: tl.constexpr = ALONG * DOWN
     WIDE: tl.constexpr = wide_bits(WIDTH)
     NARROW: tl.constexpr = WIDTH - WIDE
-    PARTS: tl.constexpr = part_count(WIDTH, x.dtype.element_ty == tl.bfloat16)
-    thread = tl.arange(0, 32 * WARPS)[:, None]
-    lane = (thread % 32)[:, :, None, None]
-    along = thread // 32 // DOWN
-    block = thread // 32 % DOWN * BLOCKS + tl.arange(0, BLOCKS)[None, :]
-    block = tl.minimum(block, held - 1)
-    scale_lane = (thread % 32 // 4)[:, :, None]
-    column = tl.arange(0, ALONG * COLUMNS)
+    CENTRE: tl.constexpr = 128.0 if WIDTH == 8 else ((1 << WIDTH) - 1) / 2
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    block, half = tl.minimum(row // 16, held - 1), row % 16 // 8
+    lane, group = row % 8 * 4 + column % 32 // 8, column // 32
+    pair = (group * 2 + half) * 4 + column % 8 // 2
     token_row = offsets(token, x_token)[:, None]
-    sums = tl.zeros((WARPS, BLOCKS * 16, TOKENS), tl.float32)
-    for step in tl.range(first_step, last_step, ALONG, num_stages=STAGES):
-        keep = step + along < last_step
-        at = block * across + (step + along)
-        blocks = words + (at * (WIDTH * UNIT))[:, :, None, None]
-        wide = per_unit(load_plane(blocks, 0, WIDE, lane, keep[:, :, None, None]), WIDE)
-        narrow = wide
+    sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    for step in tl.range(first_step, last_step, num_stages=STAGES):
+        at = block * across + step
+        code = plane_codes(words + at * (WIDTH * UNIT), lane, pair, column % 2, WIDE)
         if NARROW > 0:
-            narrow = per_unit(load_plane(blocks, WIDE, NARROW, lane, keep[:, :, None, None]), NARROW)
-        scales = tl.load(nibbles + at[:, :, None] * 8 + scale_lane, mask=keep[:, :, None], other=0)
-        c = (column + step * COLUMNS)[None, :]
-        xs = load_x(x, token_row, c, (token < tokens)[:, None], columns, x_column, ALIGNED)
-        xs = tl.broadcast_to(tl.reshape(xs, (TOKENS, ALONG, 1, COLUMNS)), (TOKENS, ALONG, DOWN, COLUMNS))
-        xs = tl.permute(tl.reshape(xs, (TOKENS, WARPS, COLUMNS)), (1, 2, 0))
-        m = group_scales(scales, tl.bfloat16 if xs.dtype == tl.bfloat16 else tl.float16)
-        for PART in tl.static_range(PARTS):
-            weight = operand(wide, narrow, m, PART, WIDTH, WARPS, BLOCKS)
-            sums = tl.dot(weight.to(xs.dtype), xs, acc=sums, input_precision="ieee")
-    return tl.sum(tl.reshape(sums, (ALONG, DOWN * BLOCKS * 16, TOKENS)), 0)
+            code |= plane_codes(words + (at * WIDTH + WIDE) * UNIT, lane, pair, column % 2, NARROW) << WIDE
+        m = ((tl.load(nibbles + at * 8 + row % 8) >> (group * 4 + half * 16)) & 15) + 1
+        weight = (code.to(tl.float32) - CENTRE) * m.to(tl.float32)
+        xs = load_x(x, token_row, column + step * COLUMNS, (token < tokens)[:, None], columns, x_column, ALIGNED)
+        sums = tl.dot(weight.to(xs.dtype), tl.trans(xs), acc=sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit(
@@ -137,7 +124,7 @@ def mixed_linear_kernel(  # noqa: C901 - most branches are known when compiled
                 else:
                     sums = tile_sums(
                         x, words, nibbles, row_blocks, first_step, last_step, across, tokens, columns, token, x_token,
-                        x_column, W, BLOCKS, ALONG, DOWN, TOKENS, STAGES, ALIGNED,
+                        x_column, W, ROWS, TOKENS, STAGES, ALIGNED,
                     )  # fmt: skip
 
     arrived = splits - 1

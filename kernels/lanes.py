@@ -17,38 +17,114 @@ from mixcomp.kernels.operand import INTERPRETED
 
 
 @triton.constexpr_function
-def load_assembly(count, once):
-    """Read-only words, zero where the predicate is; what is read once does not push anything out of the L1."""
+def load_assembly(count, zero):
+    """Read-only words where the predicate is; elsewhere zero, or else whatever there is in words that are read but once and
+    push nothing out of the L1."""
     outs = ", ".join(f"${i}" for i in range(count))
-    zeros = " ".join(f"mov.u32 ${i}, 0;" for i in range(count))
-    load = f"@p ld.global.nc{'.L1::no_allocate' if once else ''}.v{count}.b32 {{{outs}}}, [${count}];"
+    vector = f".v{count}.b32 {{{outs}}}" if count > 1 else ".b32 $0"
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count)) if zero else ""
+    load = f"@p ld.global.nc{'' if zero else '.L1::no_allocate'}{vector}, [${count}];"
     return f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {zeros} {load} }}"
 
 
 @triton.jit
-def load_words(address, keep, COUNT: tl.constexpr, ONCE: tl.constexpr):
-    """COUNT (2 or 4) neighbouring int32, zero where not ``keep``; addresses are multiples of their size."""
+def load_words(address, keep, COUNT: tl.constexpr, ZERO: tl.constexpr):
+    """COUNT (1, 2 or 4) neighbouring int32; where not ``keep`` they are zero if ZERO, else anything.
+
+    Addresses are multiples of their size.
+    """
     if INTERPRETED:
         found = ()
         for I in tl.static_range(COUNT):  # noqa: E741 - a constant
-            found += (tl.load(address + I, mask=keep, other=0),)
+            found += (tl.load(address + I, mask=keep, other=0 if ZERO else -1),)
         return found
+    elif COUNT == 1:
+        word = tl.inline_asm_elementwise(
+            load_assembly(1, ZERO), "=&r,l,r", [address.to(tl.int64), keep.to(tl.int32)], dtype=tl.int32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+        return (word,)
     elif COUNT == 2:
         return tl.inline_asm_elementwise(
-            load_assembly(2, ONCE), "=&r,=&r,l,r", [address.to(tl.int64), keep.to(tl.int32)],
+            load_assembly(2, ZERO), "=&r,=&r,l,r", [address.to(tl.int64), keep.to(tl.int32)],
             dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            load_assembly(4, ONCE), "=&r,=&r,=&r,=&r,l,r", [address.to(tl.int64), keep.to(tl.int32)],
+            load_assembly(4, ZERO), "=&r,=&r,=&r,=&r,l,r", [address.to(tl.int64), keep.to(tl.int32)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def laid_over(word, mask, ground):
+    """``word & mask | ground``: one instruction, if the ground is no constant to the compiler."""
+    if INTERPRETED:
+        return word & mask | ground
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [word, mask, ground], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.constexpr_function
+def store_assembly(count):
+    """Words where the predicate is; an instruction of Triton's has to return something."""
+    words = ", ".join(f"${i + 3}" for i in range(count))
+    store = f"@p st.global.v{count}.b32 [$1], {{{words}}};"
+    return f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; {store} mov.b32 $0, 0; }}"
+
+
+@triton.jit
+def store_words(address, words, keep, COUNT: tl.constexpr):
+    """Store COUNT (2 or 4) neighbouring int32 where ``keep``; addresses are multiples of their size."""
+    if INTERPRETED:
+        for I in tl.static_range(COUNT):  # noqa: E741 - a constant
+            tl.store(address + I, words[I], mask=keep)
+    elif COUNT == 2:
+        tl.inline_asm_elementwise(
+            store_assembly(2), "=r,l,r,r,r", [address.to(tl.int64), keep.to(tl.int32), words[0], words[1]],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            store_assembly(4), "=r,l,r,r,r,r,r",
+            [address.to(tl.int64), keep.to(tl.int32), words[0], words[1], words[2], words[3]],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def upper_bytes(first, second):
+    """A word of the upper bytes of four halves."""
+    if INTERPRETED:
+        low = ((first >> 8) & 0xFF) | ((first >> 16) & 0xFF00)
+        return low | ((second << 8) & 0xFF0000) | (second & -0x1000000)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x7531;", "=r,r,r", [first, second], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
 def joined(low, high):
     """A word of two halves."""
     return (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def rounded(low, high, DTYPE: tl.constexpr):
+    """Two fp32 as the halves of a word."""
+    if INTERPRETED:
+        return joined(low.to(DTYPE), high.to(DTYPE))
+    elif tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -76,22 +152,48 @@ def twice(value, bfloat):
 
 
 @triton.constexpr_function
-def affine_assembly(bfloat):
-    """One fused multiply-add."""
+def affine_assembly(bfloat, factor_half, summand_half):
+    """One fused multiply-add: instructions take either half of a register twice."""
+    kind = "bf16x2" if bfloat else "f16x2"
+    return (
+        "{ .reg .b16 f0, f1, s0, s1; .reg .b32 f, s; mov.b32 {f0, f1}, $2; mov.b32 {s0, s1}, $3; "
+        f"mov.b32 f, {{f{factor_half}, f{factor_half}}}; mov.b32 s, {{s{summand_half}, s{summand_half}}}; "
+        f"fma.rn.{kind} $0, $1, f, s; }}"
+    )
+
+
+@triton.jit
+def affine(word, factor, summand, FACTOR_HALF: tl.constexpr, SUMMAND_HALF: tl.constexpr, DTYPE: tl.constexpr):
+    """``word * factor + summand`` for both halves of the word with one half of the others, rounded once."""
+    if INTERPRETED:
+        factor, summand = word * 0 + factor, word * 0 + summand  # numbers, too
+        factor = ((factor >> (16 * FACTOR_HALF)) & 0xFFFF) * 0x10001
+        summand = ((summand >> (16 * SUMMAND_HALF)) & 0xFFFF) * 0x10001
+        return joint_affine(word, factor, summand, DTYPE)
+    else:
+        return tl.inline_asm_elementwise(
+            affine_assembly(tl.bfloat16 == DTYPE, FACTOR_HALF, SUMMAND_HALF), "=r,r,r,r", [word, factor, summand],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.constexpr_function
+def joint_assembly(bfloat):
+    """The same, half by half."""
     return f"fma.rn.{'bf16x2' if bfloat else 'f16x2'} $0, $1, $2, $3;"
 
 
 @triton.jit
-def affine(word, factor, summand, DTYPE: tl.constexpr):
-    """``word * factor + summand`` for both halves, rounded once."""
+def joint_affine(word, factor, summand, DTYPE: tl.constexpr):
+    """``word * factor + summand``, half by half, rounded once."""
     if INTERPRETED:
         low, high = parted(word, DTYPE)
-        low_factor, high_factor = parted(word * 0 + factor, DTYPE)  # numbers, too
+        low_factor, high_factor = parted(word * 0 + factor, DTYPE)
         low_summand, high_summand = parted(word * 0 + summand, DTYPE)
         return joined((low * low_factor + low_summand).to(DTYPE), (high * high_factor + high_summand).to(DTYPE))
     else:
         return tl.inline_asm_elementwise(
-            affine_assembly(tl.bfloat16 == DTYPE), "=r,r,r,r", [word, factor, summand], dtype=tl.int32, is_pure=True,
+            joint_assembly(tl.bfloat16 == DTYPE), "=r,r,r,r", [word, factor, summand], dtype=tl.int32, is_pure=True,
             pack=1,
         )  # fmt: skip
 

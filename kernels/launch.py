@@ -34,8 +34,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED = not isinstance(mixed_linear_kernel, triton.JITFunction)
 #: streams that have counters of their own, and tiles that each of them can count
 STREAMS, COUNTERS = 64, 4096
-#: row blocks of a program that expands a weight, and its warps: each takes a column block
-EXPAND_BLOCKS, EXPAND_WARPS = 1, 4
+#: warps of a program that expands a weight: each takes a column block
+EXPAND_WARPS = 4
 #: a product is rounded before anything is added to it, as in plain torch: codes are the same everywhere
 SEPARATE = {"enable_fp_fusion": False}
 UNIT = VECTOR.value
@@ -122,7 +122,7 @@ def mixed_linear(
         return out
     plan = _plan(fmt, tokens, x2d.element_size(), device, tile)
     x_token, x_column = x2d.stride() if tokens > 1 else (0, x2d.stride(1))
-    aligned = fmt.columns % UNIT == 0 and x_token % UNIT == 0 and x_column == 1 and x2d.data_ptr() % 16 == 0
+    aligned = aligned_rows(x2d, x_token, x_column)
     partial = torch.empty(plan.partial, dtype=torch.float32, device=device) if plan.partial else plan.nothing
     # what a site lacks is a flag and any pointer of the usual type, not another kernel to compile
     index = plan.no_index if row_index is None else row_index
@@ -137,6 +137,11 @@ def mixed_linear(
         (plan.widths, aligned, *plan.tile), plan.warps, {},
     )  # fmt: skip
     return out
+
+
+def aligned_rows(x: torch.Tensor, x_token: int, x_column: int) -> bool:
+    """Whether rows start at 16 bytes and hold a multiple of 8 columns."""
+    return x.shape[1] % UNIT == 0 and x_token % UNIT == 0 and x_column == 1 and x.data_ptr() % 16 == 0
 
 
 def project(x: torch.Tensor, branch_b: Maybe, branch_scale: Maybe, fmt: SiteFormat) -> torch.Tensor:
@@ -181,7 +186,7 @@ def _expand(
     words: torch.Tensor, nibbles: torch.Tensor, factors: torch.Tensor, row_index: Maybe, out: torch.Tensor,
     units: Maybe, fmt: SiteFormat,
 ) -> None:  # fmt: skip
-    entries = table(fmt, BLOCK[0] * EXPAND_BLOCKS, words.device)
+    entries = table(fmt, BLOCK[0], words.device)
     across, columns = blocks(fmt.columns, BLOCK[1]), out.shape[1]
     aligned = columns % UNIT == 0
     index = factors.view(torch.int16) if row_index is None else row_index
@@ -189,7 +194,7 @@ def _expand(
         expand_kernel, (entries.shape[0], blocks(across, EXPAND_WARPS), 1),
         (words, nibbles, factors, index, out, units, entries),
         (across, columns // UNIT if aligned else columns, int(row_index is not None)),
-        (tiles.width_mask(fmt), aligned, EXPAND_BLOCKS, EXPAND_WARPS), EXPAND_WARPS, SEPARATE,
+        (tiles.width_mask(fmt), aligned, EXPAND_WARPS), EXPAND_WARPS, {},
     )  # fmt: skip
 
 
@@ -241,7 +246,7 @@ def int8_tokens(x2d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty(tokens, steps * BLOCK[1], dtype=torch.int8, device=x2d.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x2d.device)
     x_token, x_column = x2d.stride()
-    aligned = columns % UNIT == 0 and x_token % UNIT == 0 and x_column == 1 and x2d.data_ptr() % 16 == 0
+    aligned = aligned_rows(x2d, x_token, x_column)
     start(
         int8.round_tokens_kernel, (tokens, 1, 1), (x2d, codes, scales),
         (columns // UNIT if aligned else columns, steps, x_token // UNIT if aligned else x_token, x_column),

@@ -1,7 +1,7 @@
 """The loop of the decode kernel: every warp multiplies fragments by activations in its own registers.
 
 Nothing passes between threads before the last sum: no shared memory, no barrier, no shuffle.  A lane loads words of
-``fragments`` and four neighbouring activations at a time, and has, in the order of its registers, what a tensor core
+``fragments`` and eight neighbouring activations at a time, and has, in the order of its registers, what a tensor core
 wants of either.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixcomp.kernels.lanes import affine, joined, load_words, multiply, twice
+from mixcomp.kernels.lanes import affine, joined, joint_affine, laid_over, load_words, multiply, twice
 from mixcomp.kernels.operand import COLUMNS, UNIT, centre, fused, part, part_count, pattern, wide_bits
 from mixcomp.kernels.side_branch import offsets
 
@@ -24,21 +24,23 @@ def load_lane(words, BITS: tl.constexpr, lane, keep):
     EACH: tl.constexpr = min(4, 2 * BITS)
     found = ()
     for VECTOR in tl.static_range(2 * BITS // EACH):
-        found += load_words(words + (VECTOR * 32 * EACH + lane * EACH), keep, EACH, True)
+        found += load_words(words + (VECTOR * 32 * EACH + lane * EACH), keep, EACH, False)
     return found
 
 
 @triton.jit
-def load_pairs(x, row, column, keep, columns, x_column, ALIGNED: tl.constexpr):
-    """Four neighbouring columns of a lane's token, zero outside: two words."""
+def load_eight(x, row, column, keep, columns, x_column, ALIGNED: tl.constexpr):
+    """Eight neighbouring columns of a lane's token, zero outside: four words."""
     if ALIGNED:
-        return load_words((x + row + column).to(tl.pointer_type(tl.int32)), keep & (column < columns), 2, False)
+        return load_words((x + row + column).to(tl.pointer_type(tl.int32)), keep & (column < columns), 4, True)
     else:
-        halves = ()
-        for I in tl.static_range(4):  # noqa: E741 - a constant
-            at = column + I
-            halves += (tl.load(x + row + offsets(at, x_column), mask=keep & (at < columns), other=0),)
-        return joined(halves[0], halves[1]), joined(halves[2], halves[3])
+        found = ()
+        for PAIR in tl.static_range(4):
+            at = column + 2 * PAIR
+            low = tl.load(x + row + offsets(at, x_column), mask=keep & (at < columns), other=0)
+            high = tl.load(x + row + offsets(at + 1, x_column), mask=keep & (at + 1 < columns), other=0)
+            found += (joined(low, high),)
+        return found
 
 
 @triton.jit
@@ -68,33 +70,34 @@ def pair(
     AT: tl.constexpr = UNIT_OF_LANE * 4 + PAIR
     if OF_WIDE > 0:
         w = placed(wide, AT * WIDE, part(WIDTH, BFLOAT, PART, "first"), TO)
+    code = pattern(OF_WIDE + OF_NARROW, BFLOAT)
+    if OF_WIDE > 0:
+        code = laid_over(w, part(WIDTH, BFLOAT, PART, "wide_mask"), code)
     if OF_NARROW > 0:
         n = placed(narrow, AT * (WIDTH - WIDE), 0, TO + OF_WIDE)
-        if OF_WIDE == 0:
-            w = n
-    else:
-        n = w
-    code = w & part(WIDTH, BFLOAT, PART, "wide_mask") | n & part(WIDTH, BFLOAT, PART, "narrow_mask")
-    code |= pattern(OF_WIDE + OF_NARROW, BFLOAT)
+        code = laid_over(n, part(WIDTH, BFLOAT, PART, "narrow_mask"), code)
+    HALF: tl.constexpr = UNIT_OF_LANE % 2
     if fused(WIDTH, BFLOAT):
-        return affine(code, scale, offset, DTYPE)
+        return affine(code, scale, offset, HALF, HALF, DTYPE)
     else:
-        return affine(affine(code, twice(1.0, BFLOAT), offset, DTYPE), scale, twice(0.0, BFLOAT), DTYPE)
+        centred = affine(code, twice(1.0, BFLOAT), offset, 0, 0, DTYPE)
+        return affine(centred, scale, twice(0.0, BFLOAT), HALF, 0, DTYPE)
 
 
 @triton.jit
-def unit_scale(nibbles, UNIT_OF_LANE: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
-    """(m times the value of a part's lowest bit, what takes off the centre after it or, unless ``fused``, before)."""
+def group_scale(nibbles, GROUP: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
+    """For the two units of a group, a half of a word each: m times the value of a part's lowest bit, and what takes off the
+    centre after it or, unless ``fused``, before."""
     BFLOAT: tl.constexpr = tl.bfloat16 == DTYPE
     FIRST: tl.constexpr = part(WIDTH, BFLOAT, PART, "first")
     BITS: tl.constexpr = part(WIDTH, BFLOAT, PART, "wide") + part(WIDTH, BFLOAT, PART, "narrow")
     ONE: tl.constexpr = 128 if BFLOAT else 1024
     # m - 1 in the lowest bits of ONE's mantissa
-    n = ((nibbles >> (4 * UNIT_OF_LANE)) & 15) * 0x10001 + pattern(7 if BFLOAT else 10, BFLOAT)
-    scale = affine(n, twice(1 << FIRST, BFLOAT), twice((1 - ONE) * (1 << FIRST), BFLOAT), DTYPE)
+    n = (nibbles >> (4 * GROUP)) & 0xF000F | pattern(7 if BFLOAT else 10, BFLOAT)
+    scale = joint_affine(n, twice(1 << FIRST, BFLOAT), twice((1 - ONE) * (1 << FIRST), BFLOAT), DTYPE)
     offset: tl.constexpr = twice(-centre(WIDTH, FIRST, BITS), BFLOAT)
     if fused(WIDTH, BFLOAT):
-        return scale, affine(scale, offset, twice(0.0, BFLOAT), DTYPE)
+        return scale, joint_affine(scale, offset, twice(0.0, BFLOAT), DTYPE)
     else:
         return scale, offset
 
@@ -106,12 +109,11 @@ def rows_by_columns(
     """Sixteen rows by sixteen columns of a block (``load_blocks``), the left operand of ``multiply``."""
     WIDE: tl.constexpr = wide_bits(WIDTH)
     wide, narrow, nibbles = held[: 2 * WIDE], held[2 * WIDE : 2 * WIDTH], held[2 * WIDTH]
-    upper, upper_offset = unit_scale(nibbles, 2 * GROUP, PART, WIDTH, DTYPE)
-    lower, lower_offset = unit_scale(nibbles, 2 * GROUP + 1, PART, WIDTH, DTYPE)
+    scale, offset = group_scale(nibbles, GROUP, PART, WIDTH, DTYPE)
     found = ()
     for K8 in tl.static_range(2):
-        found += (pair(wide, narrow, upper, upper_offset, 2 * GROUP, 2 * K16 + K8, PART, WIDTH, DTYPE),)
-        found += (pair(wide, narrow, lower, lower_offset, 2 * GROUP + 1, 2 * K16 + K8, PART, WIDTH, DTYPE),)
+        for HALF in tl.static_range(2):
+            found += (pair(wide, narrow, scale, offset, 2 * GROUP + HALF, 2 * K16 + K8, PART, WIDTH, DTYPE),)
     return found
 
 
@@ -120,7 +122,7 @@ def multiply_blocks(
     sums, held, b, GROUP: tl.constexpr, K16: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
     OCTETS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """``sums`` and the products of sixteen columns; ``b``: two words of every eight tokens."""
+    """``sums`` and the products of sixteen columns; ``b``: four words of every eight tokens, for twice as many columns."""
     HELD: tl.constexpr = 2 * WIDTH + 1
     found = ()
     for BLOCK in tl.static_range(BLOCKS):
@@ -129,7 +131,8 @@ def multiply_blocks(
             a = rows_by_columns(held[BLOCK * HELD : (BLOCK + 1) * HELD], GROUP, K16, PART, WIDTH, DTYPE)
             added = ()
             for OCTET in tl.static_range(OCTETS):
-                added += multiply(own[4 * OCTET : 4 * OCTET + 4], a, b[2 * OCTET : 2 * OCTET + 2], DTYPE)
+                here = b[4 * OCTET + 2 * K16 : 4 * OCTET + 2 * K16 + 2]
+                added += multiply(own[4 * OCTET : 4 * OCTET + 4], a, here, DTYPE)
             own = added
         found += own
     return found
@@ -147,7 +150,7 @@ def load_blocks(
         found += load_lane(words + at * (WIDTH * UNIT), WIDE, lane, keep)
         if WIDTH > WIDE:
             found += load_lane(words + (at * WIDTH + WIDE) * UNIT, WIDTH - WIDE, lane, keep)
-        found += (tl.load(nibbles + at * 8 + lane // 4, mask=keep, other=0),)
+        found += load_words(nibbles + at * 8 + lane // 4, keep, 1, False)
     return found
 
 
@@ -201,13 +204,13 @@ def warp_sums(
         column_block = step + along
         keep = column_block < last_step
         for GROUP in tl.static_range(4):
+            column = column_block * COLUMNS + GROUP * 32 + lane % 4 * 8
+            b = ()
+            for OCTET in tl.static_range(OCTETS):
+                token = first_token + OCTET * 8 + lane // 4
+                row = offsets(token, x_token)
+                b += load_eight(x, row, column, keep & (token < tokens), columns, x_column, ALIGNED)
             for K16 in tl.static_range(2):
-                column = column_block * COLUMNS + GROUP * 32 + K16 * 16 + lane % 4 * 4
-                b = ()
-                for OCTET in tl.static_range(OCTETS):
-                    token = first_token + OCTET * 8 + lane // 4
-                    row = offsets(token, x_token)
-                    b += load_pairs(x, row, column, keep & (token < tokens), columns, x_column, ALIGNED)
                 sums = multiply_blocks(sums, waiting, b, GROUP, K16, WIDTH, BLOCKS, OCTETS, DTYPE)
         waiting = waiting[BLOCKS * HELD :]
     # thread -> along, down, lane // 4, lane % 4; value -> block, tokens, r8, j

@@ -4,10 +4,10 @@
 up is exact::
 
     y[t, r] = a[t] b[r] sum over c of p[t, c] q[r, c]        a = max |x[t]| / 127,   p = round(x / a)
-                                                             b = factor u,           q = round(m level / u)
+                                                             b = factor u,           q = floor(m level / u + 1/2)
 
-with u = max(1, 16 L / 127), L the largest level of the row's width.  Rows of 2 and 3 bits lose nothing; at 4 bits u is
-1.9, and the levels of a group are 2 m apart.
+with u = 512 / F, which depends on the row's width alone (``packed.INT8_FACTORS``): next to no row has a largest integer far
+below that of its width.  Rows of 2 and 3 bits lose nothing; at 4 bits u is 1.9, and the levels of a group are 2 m apart.
 
 **Groups** (float-group scales), as MixLLM publishes (arXiv 2412.14590): weights as they are stored, activations with an
 fp16 scale for every token and 128 columns.
@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 
 from mixcomp.format import Scales
 from mixcomp.lowering import reference
-from mixcomp.packed import INT8_TOP, int8_step
+from mixcomp.packed import INT8_FACTORS, INT8_ONE, INT8_TOP
 
 if TYPE_CHECKING:
     from mixcomp.packed import PackedWeight
@@ -67,12 +67,12 @@ def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def round_rows(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """A two-level weight without its side branch -> codes int8[rows, columns], units fp32[rows]; stored row order."""
-    numbers, unit = weight.integers().float(), weight.row_factors()
+    numbers, unit = weight.integers().int(), weight.row_factors()
     for rows, segment in weight.fmt.row_ranges():
-        step = int8_step(8 if segment.profile else segment.width)
-        numbers[rows] *= 1 / step
-        unit[rows] *= step
-    return numbers.round_().to(torch.int8), unit
+        factor = INT8_FACTORS[8 if segment.profile else segment.width]
+        numbers[rows] = (numbers[rows] * factor + INT8_ONE // 2) // INT8_ONE
+        unit[rows] *= INT8_ONE / factor
+    return numbers.to(torch.int8), unit
 
 
 def sums(codes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

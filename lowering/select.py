@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 #: up to this many tokens one kernel reads codes and multiplies; above, cuBLAS earns back what an expansion costs, and
 #: 8-bit activations are worth their rounding
-MAX_FUSED_TOKENS = 64
+MAX_FUSED_TOKENS = 128
 #: up to this many tokens embedding bags beat expanding the weight (benchmarks/cpu_decode.py --tokens)
 MAX_BAG_TOKENS = 8
 #: below this many columns there are too few terms for the bags' extra rounding to vanish in the sum's own (see ``cpu``)

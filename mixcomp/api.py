@@ -86,7 +86,7 @@ def compile(
             the model writes itself, and each stage is kept only if it helps on calibration windows that it did not see.
         include, exclude: site names or patterns (``"re:..."``) to add to the decoder's linears or leave out.
         overrides: pattern -> width in bits (16 leaves the site alone).
-        activations: ``"native"``: as they come; ``"int8"``: rounded to 8 bits in products of more than 64 tokens, see
+        activations: ``"native"``: as they come; ``"int8"``: rounded to 8 bits in products of more than 128 tokens, see
             ``lowering.int8``.  Nothing else of the compilation depends on it, and the gate does not see it.
         seed: of everything random.
         samples, length: calibration windows and their tokens; by default 48 x 512 on CPU, 128 x 2048 on a GPU.

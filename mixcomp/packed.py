@@ -293,9 +293,7 @@ def max_abs_level(width: int) -> int:
 MAX_INTEGER = MAX_GROUP_SCALE * 128
 #: largest code of a weight or an activation that is multiplied in 8 bits
 INT8_TOP = 127
-
-
-def int8_step(width: int) -> float:
-    """How many of ``integers()`` an 8-bit code counts in rows of a width: none is larger than ``INT8_TOP``, and rows
-    whose integers are small enough keep them."""
-    return max(1.0, MAX_GROUP_SCALE * max_abs_level(width) / INT8_TOP)
+#: width -> F: of ``integers()`` an 8-bit code counts 512 / F.  The largest even numbers that keep the largest integer within
+#: ``INT8_TOP``; rows whose integers are small enough keep them all
+INT8_FACTORS = {2: 512, 3: 512, 4: 270, 5: 130, 6: 64, 8: 30}
+INT8_ONE = 512

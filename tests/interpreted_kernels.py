@@ -162,7 +162,7 @@ def test_many_tokens_by_a_matrix_product(rank):
 def test_a_wrong_order_of_the_codes_is_noticed(monkeypatch):
     """Packing and unpacking stay inverse to each other; only the kernel can tell."""
     weight, x, _ = dyadic(Case(SiteFormat(17, 130, (Segment(17, 5),)), 5, F16, None, 1))
-    monkeypatch.setattr(fragments, "_ORDER", (*fragments._ORDER[:7], 8, 7))
+    monkeypatch.setattr(fragments, "_ORDER", (*fragments._ORDER[:7], *fragments._ORDER[:6:-1]))
     words, nibbles = fragments.pack(weight.unpacked(), weight.group_scales(), weight.fmt)
     assert torch.equal(fragments.unpack(words, nibbles, weight.fmt)[0], weight.unpacked())
     assert not torch.equal(run(weight, x, None), exact(weight, x, None))

@@ -42,7 +42,8 @@ def test_rows_take_the_nearest_codes(width: int) -> None:
         assert torch.equal(codes.double(), exact)
     else:
         largest = 16 * (128 if width == 8 else 2**width - 1)
-        torch.testing.assert_close(unit.double(), drawn.weight.factors.double() * largest / 127, rtol=1e-6, atol=0)
+        codes_of_the_largest = largest * drawn.weight.factors.double() / unit.double()
+        assert ((codes_of_the_largest > 119.9) & (codes_of_the_largest < 127.5)).all()
 
 
 def test_rows_that_mix_widths_take_the_nearest_codes() -> None:
@@ -60,6 +61,7 @@ def test_tokens_take_the_nearest_codes(dtype: torch.dtype) -> None:
     codes, scale = int8.round_tokens(x)
     assert ((codes * scale[:, None] - x.double()).abs() <= scale[:, None] * (0.5 + 1e-5)).all()
     assert codes.abs().amax(1).tolist() == [127, 127, 127, 0, 127, 127]
+    assert (scale > 0).all()
 
 
 def test_sums_are_exact_where_fp32_would_not_be() -> None:
@@ -168,8 +170,9 @@ def arguments(x: torch.Tensor, made: Case = MADE) -> tuple[Any, ...]:
 
 def test_few_tokens_are_never_rounded() -> None:
     plain, rounding = MixedLinear(MADE.weight, MADE.bias), MixedLinear(MADE.weight, MADE.bias, None, "int8")
-    x = MADE.activations(5, 13)
-    assert torch.equal(plain(x[:, :12]), rounding(x[:, :12]))
+    x = MADE.activations(3, 43)
+    assert x[..., 0].numel() == MANY
+    assert torch.equal(plain(x[:, :42]), rounding(x[:, :42]))
     flat = x.view(MANY, -1)
     assert torch.equal(rounding(x).view(MANY, -1), int8.mixed_linear(flat, MADE.weight, MADE.bias))
     assert not torch.equal(plain(x), rounding(x))
@@ -202,7 +205,7 @@ def test_unknown_activations_are_refused_by_name() -> None:
         MIXED_LINEAR(*arguments(MADE.activations(1)), activations="int4")
 
 
-IDS = torch.randint(0, 100, (3, 40), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(0, 100, (3, 48), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +226,7 @@ def test_compile_rounds_prompts_and_stores_the_same(models: tuple[Any, Any], tmp
         wanted, got = native(IDS).logits, rounding(IDS).logits
         assert torch.equal(native(IDS[:, :21]).logits, rounding(IDS[:, :21]).logits)
     assert 0 < float((got - wanted).norm() / wanted.norm()) < 0.05
-    assert rounding.generate(IDS, max_new_tokens=3, do_sample=False).shape == (3, 43)
+    assert rounding.generate(IDS, max_new_tokens=3, do_sample=False).shape == (3, 51)
     assert describe(native).sites[0].paths == {1: "cpu-bags", 512: "cpu-gemm"}
     assert describe(rounding).sites[0].paths == {1: "cpu-bags", 512: "int8"}
     mixcomp.save(rounding, tmp_path / "out")

@@ -112,27 +112,27 @@ def test_whole_tiles_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SHARING.findall(before_the_sum(compiled(4, SMALL, kernel=other)["ptx"]))
 
 
-ROUNDING = {
-    "tokens": (
-        int8.round_tokens_kernel, {"x": "fp16", "codes": "i8", "scales": "fp32"},
-        ("columns", "steps", "x_token", "x_column"), {"ALIGNED": True, "SPAN": 4096},
-    ),
-    "rows": (
-        expand.expand_kernel,
-        {"words": "i32", "nibbles": "i32", "factors": "fp16", "row_index": "i16", "out": "i8", "units": "fp32",
-         "table": "i32"},
-        ("across", "columns", "scatter"), {"WIDTHS": 1 << 4, "ALIGNED": True, "BLOCKS": 1, "WARPS": 4},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("side", ROUNDING)
-def test_what_becomes_a_code_is_rounded_before_it_is_rounded_to_an_integer(side: str) -> None:
+def test_what_becomes_a_code_is_rounded_before_it_is_rounded_to_an_integer() -> None:
     """A fused multiply-add would give other codes than plain torch does, where the product is close to a half."""
-    code = assembled(*ROUNDING[side], num_warps=4, **launch.SEPARATE)["ptx"]
+    pointers, numbers = {"x": "fp16", "codes": "i8", "scales": "fp32"}, ("columns", "steps", "x_token", "x_column")
+    given = int8.round_tokens_kernel, pointers, numbers, {"ALIGNED": True, "SPAN": 4096}
+    code = assembled(*given, num_warps=4, **launch.SEPARATE)["ptx"]
     assert "mul.f32" in code or "mul.rn.f32" in code
     assert "fma.rn.f32" not in code
-    assert "fma.rn.f32" in assembled(*ROUNDING[side], num_warps=4)["ptx"]
+    assert "fma.rn.f32" in assembled(*given, num_warps=4, enable_fp_fusion=True)["ptx"]
+
+
+@pytest.mark.parametrize("kind", ["i8", "fp16", "bf16"])
+def test_an_expanded_weight_is_stored_by_vectors_as_it_lies_in_the_lanes(kind: str) -> None:
+    pointers = {"words": "i32", "nibbles": "i32", "factors": "fp16", "row_index": "i16", "out": kind, "table": "i32"}
+    constants = {"WIDTHS": 1 << 5, "ALIGNED": True, "WARPS": 4}
+    if kind == "i8":
+        pointers["units"] = "fp32"
+    else:
+        constants["units"] = None
+    code = assembled(expand.expand_kernel, pointers, ("across", "columns", "scatter"), constants, num_warps=4)["ptx"]
+    assert code.count("st.global.v2.b32" if kind == "i8" else "st.global.v4.b32") == 8
+    assert not SHARING.findall(code)
 
 
 def test_integers_are_multiplied_by_whole_warp_groups_and_stored_by_vectors() -> None:

@@ -182,7 +182,7 @@ def test_products_of_8_bit_integers_are_those_of_the_reference(dtype, seed):
     fmt = random_format(rng, rng.choice((*EDGES, 600, 2048)), segments=rng.choice((1, 3, 9)), most_rows=300, rank=0)
     generator = torch.Generator().manual_seed(seed)
     weight = random_weight(fmt, generator, dyadic=False)
-    x = (torch.randn(rng.choice((1, 65, 129, 300, 2000)), fmt.columns, generator=generator) * 3).to(dtype)
+    x = (torch.randn(rng.choice((1, 129, 300, 2000)), fmt.columns, generator=generator) * 3).to(dtype)
     bias = rng.choice((None, torch.randn(fmt.rows, generator=generator)))
     x, tensors, moved = place(weight, x, bias)
     codes, scales = launch.int8_tokens(x)

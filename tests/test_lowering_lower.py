@@ -95,7 +95,7 @@ def test_graph_rounds_activations_of_many_tokens() -> None:
     program, meaning = stored(build(BLUEPRINT))
     after = LowerLinears("int8").run(program.clone(), Context())
     assert {site.activations for site in after.sites if site.format} == {"int8"}
-    few, many = tokens(BLUEPRINT, 2, 32), tokens(BLUEPRINT, 2, 33)
+    few, many = tokens(BLUEPRINT, 2, 64), tokens(BLUEPRINT, 2, 65)
     assert torch.equal(after.graph_module(input_ids=few), lowered(program).graph_module(input_ids=few))
     got, wanted = after.graph_module(input_ids=many), Meaning(program, meaning).run(many)
     assert not torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
