@@ -223,9 +223,11 @@ def int8_linear(
     """The same in 8-bit integers (``lowering.int8``): tokens are rounded, the weight expanded for the call."""
     check(x2d, words, None, fmt)
     tokens = x2d.shape[0]
+    out = torch.empty(tokens, fmt.rows, dtype=x2d.dtype, device=x2d.device)
+    if tokens == 0:
+        return out
     codes, scales = int8_tokens(x2d)
     weight, units = int8_rows(words, nibbles, factors, row_index, fmt)
-    out = torch.empty(tokens, fmt.rows, dtype=x2d.dtype, device=x2d.device)
     tile, aligned = tile or int8.choose(tokens), fmt.rows % UNIT == 0
     start(
         int8.int8_linear_kernel, (blocks(tokens, tile.tokens) * blocks(fmt.rows, tile.rows), 1, 1),

@@ -131,7 +131,8 @@ class MeasureConfig:
 class CompileConfig(MeasureConfig):
     """Every option of ``compile`` that is a plain value, checked.
 
-    ``overrides`` are (pattern, width) pairs, later ones win; width 16 leaves a site alone.
+    ``overrides`` are (pattern, width) pairs, later ones win; width 16 leaves a site alone.  ``activations`` is one of
+    ``ACTIVATIONS``.
     """
 
     budget: Budget

@@ -133,6 +133,8 @@ class Report:
         yield f"rows        {shares}"
         if ranks:
             yield f"branches    {len(ranks)} of {len(self.sites)} sites, rank {sum(ranks)} in all"
+        if any("int8" in path for site in self.sites for path in site.paths.values()):
+            yield "activations 8 bits in prompts"
         yield f"calibration {self.calibration}"
 
     def _table(self) -> Table:

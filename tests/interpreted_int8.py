@@ -106,6 +106,11 @@ def test_a_bad_token_spoils_only_itself(value):
     assert torch.equal(out[good], wanted[good])
 
 
+def test_no_tokens():
+    weight, x, _ = given(Case(SiteFormat(5, 40, (Segment(5, 4),)), 0, F16, None, 1))
+    assert launch.int8_linear(x, **operands(weight), bias=None, fmt=weight.fmt).shape == (0, 5)
+
+
 def test_refuses_what_it_would_misread():
     weight, x, _ = given(Case(SiteFormat(5, 40, (Segment(5, 4),)), 6, F32, None, 1))
     with pytest.raises(InputError, match=r"\[tokens, 40\]"):

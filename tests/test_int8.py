@@ -229,6 +229,7 @@ def test_compile_rounds_prompts_and_stores_the_same(models: tuple[Any, Any], tmp
     assert rounding.generate(IDS, max_new_tokens=3, do_sample=False).shape == (3, 51)
     assert describe(native).sites[0].paths == {1: "cpu-bags", 512: "cpu-gemm"}
     assert describe(rounding).sites[0].paths == {1: "cpu-bags", 512: "int8"}
+    assert [any("8 bits in prompts" in line for line in describe(m).summary()) for m in models] == [False, True]
     mixcomp.save(rounding, tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(mixcomp.load(tmp_path / "out")(IDS).logits, got)
