@@ -57,9 +57,7 @@ from mixcomp.passes import (
     TuneModel,
     refine,
 )
-from mixcomp.passes.assign_features import AssignFeatures
 from mixcomp.passes.directions import MAX_DIRECTIONS
-from mixcomp.passes.score_features import ScoreFeatures
 from mixcomp.passes.strategies import passes_of
 from mixcomp.program import Program
 
@@ -125,8 +123,8 @@ class Bench:
 
     def published(self, budget: float) -> Program:
         """MixLLM in its own form."""
-        assign = AssignFeatures(Budget(budget), group=128, scale_kind=1)
-        return self.setting.run(self.setting.program, ScoreFeatures(group=128), assign)
+        measuring, deciding = passes_of("mixllm", Budget(budget), (), 65536, "int8")
+        return self.setting.run(self.setting.program, *measuring, deciding)
 
     def nearest(self, budget: float) -> Program:
         """Rounding to nearest is GPTQ that knows of no correlations."""

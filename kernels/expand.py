@@ -40,9 +40,8 @@ def int8_step(width):
 @triton.constexpr_function
 def int8_numbers(width):
     """What ``m * code`` and what ``m`` is multiplied by and what is added for ``int8_four``, in both halves of a word."""
-    factor = INT8_FACTORS[width]
-    half = 0x10001
-    return factor // (2 if width == 8 else 1), -(factor * LEVELS[width] // 2) * half, (128 * 256 + 128) * half - 2**32
+    factor, one = INT8_FACTORS[width], 0x10001
+    return factor // (2 if width == 8 else 1), -(factor * LEVELS[width] // 2) * one, (128 * 256 + 128) * one - 2**32
 
 
 @triton.jit
@@ -80,7 +79,6 @@ def expand_eight(
     """Store the eight weights of a unit at ``target + column``."""
     DTYPE: tl.constexpr = out.dtype.element_ty
     WIDE: tl.constexpr = wide_bits(WIDTH)
-    FACTOR: tl.constexpr = integers(WIDTH)
     UNIT_OF_LANE: tl.constexpr = 2 * GROUP + HALF
     wide, narrow, nibbles = held[: 2 * WIDE], held[2 * WIDE : 2 * WIDTH], held[2 * WIDTH]
     place = out + target + column
@@ -92,7 +90,7 @@ def expand_eight(
         store_words(place.to(tl.pointer_type(tl.int32)), words, keep, 2)
     else:
         scale, offset = group_scale(nibbles, GROUP, 0, WIDTH, tl.float16)
-        factor *= FACTOR
+        factor *= integers(WIDTH)
         words, numbers = (), ()
         for PAIR in tl.static_range(4):
             low, high = parted(pair(wide, narrow, scale, offset, UNIT_OF_LANE, PAIR, 0, WIDTH, tl.float16), tl.float16)

@@ -75,23 +75,23 @@ def store_assembly(count):
     return f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; {store} mov.b32 $0, 0; }}"
 
 
+@triton.constexpr_function
+def store_registers(count):
+    """Where they are: what is returned, the address, the predicate, the words."""
+    return "=r,l,r" + ",r" * count
+
+
 @triton.jit
 def store_words(address, words, keep, COUNT: tl.constexpr):
     """Store COUNT (2 or 4) neighbouring int32 where ``keep``; addresses are multiples of their size."""
     if INTERPRETED:
         for I in tl.static_range(COUNT):  # noqa: E741 - a constant
             tl.store(address + I, words[I], mask=keep)
-    elif COUNT == 2:
-        tl.inline_asm_elementwise(
-            store_assembly(2), "=r,l,r,r,r", [address.to(tl.int64), keep.to(tl.int32), words[0], words[1]],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
     else:
+        given = (address.to(tl.int64), keep.to(tl.int32))
         tl.inline_asm_elementwise(
-            store_assembly(4), "=r,l,r,r,r,r,r",
-            [address.to(tl.int64), keep.to(tl.int32), words[0], words[1], words[2], words[3]],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+            store_assembly(COUNT), store_registers(COUNT), given + words, dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

@@ -87,7 +87,8 @@ def compile(
         include, exclude: site names or patterns (``"re:..."``) to add to the decoder's linears or leave out.
         overrides: pattern -> width in bits (16 leaves the site alone).
         activations: ``"native"``: as they come; ``"int8"``: rounded to 8 bits in products of more than 128 tokens, see
-            ``lowering.int8``.  Nothing else of the compilation depends on it, and the gate does not see it.
+            ``lowering.int8``.  Of the compilation nothing else depends on it but the stored form of ``mixllm``, which is
+            then as published; the gate does not see it.
         seed: of everything random.
         samples, length: calibration windows and their tokens; by default 48 x 512 on CPU, 128 x 2048 on a GPU.
         min_coverage: least share of the decoder's weights that must be compiled.
@@ -110,7 +111,7 @@ def compile(
     )  # fmt: skip
     run = _Run.start(model, config, config.alone, copy, progress, workdir)
     fixed = tuple(sorted(config.fixed(s.name for s in run.program.open_sites()).items()))
-    measuring, deciding = passes_of(config.strategy, config.budget, fixed, run.gradient_tokens)
+    measuring, deciding = passes_of(config.strategy, config.budget, fixed, run.gradient_tokens, config.activations)
     bounds = deciding.limits(run.program)
     bounds.require(config.budget.bits(bounds.weights), str(config.budget))  # before any calibration
     identity = run.identify()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mixcomp.config import Budget
+from mixcomp.format import Scales
 from mixcomp.passes.assign_blocks import AssignBlocks
 from mixcomp.passes.assign_features import AssignFeatures
 from mixcomp.passes.assign_mixes import AssignMixes
@@ -23,6 +24,8 @@ from mixcomp.passes.score_features import ScoreFeatures
 from mixcomp.passes.side_branch import InsertSideBranch
 from mixcomp.protocol import Pass
 
+#: columns of a group as MixLLM publishes them
+PUBLISHED_GROUP = 128
 #: (site, width) pairs the user set
 Fixed = tuple[tuple[str, int], ...]
 
@@ -56,7 +59,13 @@ def measuring_of(strategy: str, gradient_tokens: int = 65536) -> tuple[Pass, ...
 
 
 def passes_of(
-    strategy: str, budget: Budget, fixed: Fixed = (), gradient_tokens: int = 65536
+    strategy: str, budget: Budget, fixed: Fixed = (), gradient_tokens: int = 65536, activations: str = "native"
 ) -> tuple[tuple[Pass, ...], Assignment]:
-    """(passes that measure, the pass that decides) of a strategy that ``CompileConfig`` has checked."""
+    """(passes that measure, the pass that decides) of a strategy that ``CompileConfig`` has checked.
+
+    With 8-bit activations mixllm stores weights as published too: a token's scales follow the weights' groups.
+    """
+    if (strategy, activations) == ("mixllm", "int8"):
+        score = ScoreFeatures(tokens=min(gradient_tokens, ScoreFeatures.tokens), group=PUBLISHED_GROUP)
+        return (score,), AssignFeatures(budget, fixed, group=PUBLISHED_GROUP, scale_kind=Scales.FLOAT_GROUP)
     return measuring_of(strategy, gradient_tokens), STRATEGIES[strategy][1](budget, fixed)

@@ -250,6 +250,16 @@ def test_a_folder_that_does_not_say_is_native(models: tuple[Any, Any], tmp_path:
         mixcomp.load(tmp_path / "out")
 
 
+def test_mixllm_is_as_published_with_them() -> None:
+    text = [torch.randint(0, 100, (8, 32), generator=torch.Generator().manual_seed(0))]
+    model = mixcomp.compile(families.FAMILIES["llama"](), 6.0, calibration=text, strategy="mixllm", activations="int8")
+    modules = [module for module in model.modules() if isinstance(module, MixedLinear)]
+    assert {(m.fmt.scales, m.fmt.group, m.activations) for m in modules} == {(Scales.FLOAT_GROUP, 128, "int8")}
+    assert {site["scales"] for site in model.mixcomp.plan.sites.values()} == {"float-group"}
+    x = torch.randn(MANY, modules[0].in_features, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(modules[0](x), int8.mixed_linear(x, modules[0].packed(), modules[0].bias))
+
+
 def test_a_plan_carries_them() -> None:
     original = families.FAMILIES["llama"]()
     text = [torch.randint(0, 100, (8, 32), generator=torch.Generator().manual_seed(0))]
