@@ -87,8 +87,8 @@ def compile(
         include, exclude: site names or patterns (``"re:..."``) to add to the decoder's linears or leave out.
         overrides: pattern -> width in bits (16 leaves the site alone).
         activations: ``"native"``: as they come; ``"int8"``: rounded to 8 bits in products of more than 128 tokens, see
-            ``lowering.int8``.  Of the compilation nothing else depends on it but the stored form of ``mixllm``, which is
-            then as published; the gate does not see it.
+            ``lowering.int8``.  ``joint`` then scales channels for it, and ``mixllm`` stores weights as published; widths,
+            the gate and what is learned do not depend on it.
         seed: of everything random.
         samples, length: calibration windows and their tokens; by default 48 x 512 on CPU, 128 x 2048 on a GPU.
         min_coverage: least share of the decoder's weights that must be compiled.
@@ -118,7 +118,7 @@ def compile(
     text = run.calibrate(config, calibration, tokenizer)
     plain = run.passes(run.program, (run.statistics,))
     measured = run.passes(plain, measuring)
-    gate = Gate(run.passes(measured, (deciding, *quantizing_of(config.strategy))), config.strategy)
+    gate = Gate(run.passes(measured, (deciding, *quantizing_of(config.strategy, config.activations))), config.strategy)
     if config.strategy == "joint":
         names = RIVALS[run.effort(config)]
         rivals = {name: passes_of(name, config.budget, fixed, run.gradient_tokens) for name in names}
@@ -215,7 +215,7 @@ def apply(
             )
         source = {"source": f"measured: {measured.calibration}", "tokens": 0}
         run.context = Context(run.device, (), config.seed, run.clock.progress)
-    program = run.passes(run.program, (*followed, *quantizing_of(config.strategy)))
+    program = run.passes(run.program, (*followed, *quantizing_of(config.strategy, config.activations)))
     return run.finish(program, config, plan, source)
 
 

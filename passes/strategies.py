@@ -7,6 +7,7 @@ papers do, on weights as they are.  The deciding pass is an ``Assignment``: it k
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from mixcomp.config import Budget
 from mixcomp.format import Scales
@@ -47,10 +48,12 @@ QUANTIZING: tuple[Pass, ...] = (ReorderFeatures(), QuantizeWeights(), InsertSide
 _SCALING = {"joint": ScaleChannels(), "uniform": ScaleChannels("given")}
 
 
-def quantizing_of(strategy: str) -> tuple[Pass, ...]:
+def quantizing_of(strategy: str, activations: str = "native") -> tuple[Pass, ...]:
     """The passes from widths to stored tensors of a strategy."""
     reorder, *rest = QUANTIZING
-    return (reorder, _SCALING[strategy], *rest) if strategy in _SCALING else QUANTIZING
+    if strategy not in _SCALING:
+        return QUANTIZING
+    return (reorder, replace(_SCALING[strategy], activations=activations), *rest)
 
 
 def measuring_of(strategy: str, gradient_tokens: int = 65536) -> tuple[Pass, ...]:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
 #: of code: blank lines, comments and docstrings are free; 8,000 was the aim before three papers' strategies, a
 #: transform, a kernel that spells out what each lane of a warp does and products of 8-bit integers moved in
-MAX_CODE_LINES = 11_410
+MAX_CODE_LINES = 11_430
 
 #: folder -> package
 FOLDERS = {

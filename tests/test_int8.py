@@ -217,14 +217,27 @@ def models() -> tuple[Any, Any]:
     return mixcomp.compile(original, 5.0, **options), mixcomp.compile(original, 5.0, activations="int8", **options)
 
 
-def test_compile_rounds_prompts_and_stores_the_same(models: tuple[Any, Any], tmp_path: Path) -> None:
+@torch.no_grad()
+def natively(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of the same weights with native activations."""
+    modules = [module for module in model.modules() if isinstance(module, MixedLinear)]
+    for module in modules:
+        module.activations = "native"
+    logits: torch.Tensor = model(ids).logits
+    for module in modules:
+        module.activations = "int8"
+    return logits
+
+
+def test_compile_plans_the_same_scales_for_it_and_rounds_prompts(models: tuple[Any, Any], tmp_path: Path) -> None:
     native, rounding = models
     plans = native.mixcomp.plan, rounding.mixcomp.plan
     assert plans[0].sites == plans[1].sites
     assert [p.options["activations"] for p in plans] == ["native", "int8"]
     with torch.no_grad():
-        wanted, got = native(IDS).logits, rounding(IDS).logits
-        assert torch.equal(native(IDS[:, :21]).logits, rounding(IDS[:, :21]).logits)
+        wanted, got = natively(rounding, IDS), rounding(IDS).logits
+        assert torch.equal(natively(rounding, IDS[:, :21]), rounding(IDS[:, :21]).logits)
+        assert not torch.equal(wanted, native(IDS).logits), "channels are scaled otherwise"
     assert 0 < float((got - wanted).norm() / wanted.norm()) < 0.05
     assert rounding.generate(IDS, max_new_tokens=3, do_sample=False).shape == (3, 51)
     assert describe(native).sites[0].paths == {1: "cpu-bags", 512: "cpu-gemm"}
@@ -244,7 +257,7 @@ def test_a_folder_that_does_not_say_is_native(models: tuple[Any, Any], tmp_path:
     for name in sites:
         forge(tmp_path / "out", put("sites", name, "activations", DROP))
     with torch.no_grad():
-        assert torch.equal(mixcomp.load(tmp_path / "out")(IDS).logits, models[0](IDS).logits)
+        assert torch.equal(mixcomp.load(tmp_path / "out")(IDS).logits, natively(models[1], IDS))
     forge(tmp_path / "out", put("sites", next(iter(sites)), "activations", "int9"))
     with pytest.raises(ArtifactError, match=r"activations.*int9.*native"):
         mixcomp.load(tmp_path / "out")

@@ -85,17 +85,52 @@ def test_what_is_scaled_costs_the_same() -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("kind", ["norm", "up", "v"])
-def test_the_optimum_is_found(kind: str, given: bool) -> None:
-    """Against scipy on the same function, with rows that are yet to be given widths and at given ones."""
-    plain, _ = scaled("llama")
+HOWS = {
+    "free": ScaleChannels(),
+    "given": ScaleChannels("given"),
+    "int8": ScaleChannels(activations="int8"),
+    "given, int8": ScaleChannels("given", activations="int8"),
+}
+
+
+def with_widths(program: Program) -> Program:
     draw = torch.Generator().manual_seed(2)
-    plain = plain.with_tensors(
-        {f"{s.name}/widths": torch.randint(2, 7, (s.rows,), generator=draw, dtype=torch.uint8) for s in plain.sites}
+    return program.with_tensors(
+        {f"{s.name}/widths": torch.randint(2, 7, (s.rows,), generator=draw, dtype=torch.uint8) for s in program.sites}
     )
+
+
+@torch.no_grad()
+def test_tokens_count_in_the_unit_of_their_rows() -> None:
+    """8-bit activations: both roundings of every row, written out."""
+    plain = with_widths(scaled("llama")[0])
+    channels = next(c for c in scalable(plain) if c.norm)
+    how = HOWS["int8"]
+    assert how.activations == "int8"
+    (own,) = _problems(plain, channels, how, CPU)
+    readers = [plain.site(name) for name in channels.readers]
+    logs = torch.randn(1, channels.count, generator=torch.Generator().manual_seed(1)) / 2
+    s = logs[0].exp()
+    energy = plain.sigma(readers[0].input, CPU).diagonal()
+    free = _Problem.together((replace(own, noise=None, power=None, energy=None),))
+    wanted = 0.0
+    for i, site in enumerate(readers):
+        for r in range(site.rows):
+            one = replace(free, size=free.size[:, :, sum(x.rows for x in readers[:i]) + r, None],
+                          reach=free.reach[:, :, sum(x.rows for x in readers[:i]) + r, None])  # fmt: skip
+            weights = one.loss(logs).exp() / (3 * (2.0**4 - 1) ** 2)
+            step = 40 * (energy / s**2).mean() / 127**2
+            wanted += float((weights + step / 12 * (plain.weight(site)[r] * s).square().sum()).log())
+    assert float(_Problem.together((own,)).loss(logs)) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("kind", ["norm", "up", "v"])
+def test_the_optimum_is_found(kind: str, how: str) -> None:
+    """Against scipy on the same function, with rows that are yet to be given widths and at given ones."""
+    plain = with_widths(scaled("llama")[0])
     channels = next(c for c in scalable(plain) if (c.site or "norm").endswith((kind, f"{kind}_proj")))
-    problems = [_Problem.together((own,)) for own in _problems(plain, channels, given, CPU)]
+    problems = [_Problem.together((own,)) for own in _problems(plain, channels, HOWS[how], CPU)]
     start = torch.zeros(1, channels.count)
 
     def value(logs: np.ndarray) -> tuple[float, np.ndarray]:
@@ -161,7 +196,7 @@ def test_short_groups_read_no_channel_that_is_not_there() -> None:
     plain, program = scaled("olmo2")  # hidden 72, inner 100
     assert all(torch.isfinite(t).all() and (t > 0).all() for k, t in program.tensors.items() if k.endswith("/scale"))
     found = next(c for c in scalable(plain) if (c.site or "").endswith("up_proj"))
-    (groups,) = _problems(plain, found, False, CPU)
+    (groups,) = _problems(plain, found, ScaleChannels(), CPU)
     assert groups.column[-1, 4:].tolist() == [100] * 28
     assert groups.remains[-1, 4:].tolist() == [0.0] * 28
     assert channels.columns().tolist() == list(range(18))
