@@ -18,7 +18,7 @@ from mixcomp.kernels import int8 as kernels
 from mixcomp.kernels import launch
 from mixcomp.lowering import int8
 
-CASES = 30
+CASES = 20
 F16, F32 = torch.float16, torch.float32
 TILES = (kernels.Int8Tile(16, 32, 4, 2), kernels.Int8Tile(32, 16, 4, 3), kernels.Int8Tile(64, 64, 4, 1))
 

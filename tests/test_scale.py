@@ -89,7 +89,6 @@ HOWS = {
     "free": ScaleChannels(),
     "given": ScaleChannels("given"),
     "int8": ScaleChannels(activations="int8"),
-    "given, int8": ScaleChannels("given", activations="int8"),
 }
 
 
