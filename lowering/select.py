@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 MAX_FUSED_TOKENS = 128
 #: up to this many tokens embedding bags beat expanding the weight (benchmarks/cpu_decode.py --tokens)
 MAX_BAG_TOKENS = 8
+#: sums of more products of 8-bit integers may not fit the 32 bits that tensor cores add up in
+MAX_INT8_COLUMNS = 2**31 // 127**2
 #: below this many columns there are too few terms for the bags' extra rounding to vanish in the sum's own (see ``cpu``)
 MIN_BAG_COLUMNS = 64
 
@@ -57,9 +59,9 @@ def takes_fragments(device_type: str, fmt: SiteFormat) -> bool:
 def _decide(device_type: str, dtype: torch.dtype, fmt: SiteFormat, tokens: int, activations: str) -> tuple[Path, str]:
     if activations == "int8" and tokens > MAX_FUSED_TOKENS:
         plain, reason = _decide(device_type, dtype, fmt, tokens, "native")
-        if plain is Path.TRITON_GEMM:
+        if plain is Path.TRITON_GEMM and fmt.columns <= MAX_INT8_COLUMNS:
             return Path.TRITON_INT8, f"more than {MAX_FUSED_TOKENS} tokens are multiplied in 8-bit integers"
-        return Path.INT8, reason if plain is Path.REFERENCE else "no fast path multiplies 8-bit integers on a CPU"
+        return Path.INT8, reason if plain is Path.REFERENCE else "no fast path multiplies these 8-bit integers"
     # Whoever computes in fp64 wants the digits: every fast path sums in fp32.
     if dtype is torch.float64:
         return Path.REFERENCE, "fast paths sum in fp32, the activations are fp64"

@@ -17,7 +17,7 @@ from artifacts import DROP, forge, put
 from formats import draw
 from lowering_cases import Case, case
 from mixcomp.errors import ArtifactError, ConfigError
-from mixcomp.format import WIDTHS, Scales
+from mixcomp.format import WIDTHS, Scales, Segment, SiteFormat
 from mixcomp.lowering import int8, ops, select
 from mixcomp.lowering.module import MixedLinear
 from mixcomp.lowering.ops import MIXED_LINEAR
@@ -156,6 +156,8 @@ def test_path(monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, 
     fmt = MADE.weight.fmt
     assert choose_path(device, dtype, fmt, tokens, "int8") is wanted
     assert explain(device, dtype, fmt, tokens, "int8").startswith(f"{wanted.value}: ")
+    wide = SiteFormat(1, 133_145, (Segment(1, 4),))  # 127 * 127 * 133,145 > 2**31
+    assert choose_path("cuda", torch.float16, wide, MANY, "int8") is Way.INT8
     other = draw(torch.tensor([4]), 64, group=64).weight.fmt
     if tokens == MANY:
         assert "groups of 64" in explain("cuda", torch.float16, other, tokens, "int8")
